@@ -1,0 +1,236 @@
+"""Configuration of an LSGM: plain frozen dataclasses that round-trip through JSON.
+
+They carry everything that cannot be read off the weights, so a saved model is one file: weights plus
+``LSGMConfig`` in the header.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lsgm_fast.errors import unknown_name
+
+T = TypeVar("T", bound="_Config")
+
+SDE_NAMES = ("vpsde", "geometric_sde", "sub_vpsde", "vesde")
+DECODER_DISTRIBUTIONS = ("mixture_logistic", "logistic", "normal", "bernoulli")
+CELL_ARCHITECTURES = ("res_bnswish", "res_bnswish2", "res_mbconv")
+
+
+@dataclass(frozen=True)
+class _Config:
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-serialisable Python objects (tuples become lists)."""
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, _Config):
+                value = value.to_dict()
+            elif isinstance(value, tuple):
+                value = list(value)
+            out[f.name] = value
+        return out
+
+    @classmethod
+    def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+        """Inverse of :meth:`to_dict`. Unknown keys are an error; missing ones take their default."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__} expects a dictionary, got {type(values).__name__}")
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        kwargs: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise unknown_name(f"{cls.__name__} option", key, known)
+            nested = _NESTED.get(key)
+            if nested is not None and isinstance(value, dict):
+                value = nested.from_dict(value)
+            elif isinstance(value, list):
+                value = tuple(value)
+            kwargs[key] = value
+        return cls(**kwargs)
+
+    def replace(self: T, **changes: Any) -> T:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class SDEConfig(_Config):
+    """The forward diffusion (paper, section 2 and Appendix B).
+
+    ``sigma2_0``: variance at t=0; ``sigma2_min`` / ``sigma2_max``: geometric and VE variances;
+    ``beta_start`` / ``beta_end``: VP and sub-VP; ``time_eps``: smallest training time;
+    ``parity``: ``"exact"`` or ``"published"`` (the release's float32 formulas, cancellation included).
+    """
+
+    name: str = "vpsde"
+    beta_start: float = 0.1
+    beta_end: float = 20.0
+    sigma2_0: float = 0.0
+    sigma2_min: float = 3e-5
+    sigma2_max: float = 0.999
+    time_eps: float = 0.01
+    parity: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.name not in SDE_NAMES:
+            raise unknown_name("SDE", self.name, SDE_NAMES)
+        if self.parity not in ("exact", "published"):
+            raise unknown_name("parity", self.parity, ("exact", "published"))
+        _require(0.0 <= self.sigma2_0 < 1.0, f"sigma2_0 must be in [0, 1), got {self.sigma2_0}")
+        _require(0.0 <= self.time_eps < 1.0, f"time_eps must be in [0, 1), got {self.time_eps}")
+        _require(
+            0.0 < self.beta_start <= self.beta_end,
+            f"expected 0 < beta_start <= beta_end, got {self.beta_start} and {self.beta_end}",
+        )
+        _require(
+            0.0 < self.sigma2_min < self.sigma2_max,
+            f"expected 0 < sigma2_min < sigma2_max, got {self.sigma2_min} and {self.sigma2_max}",
+        )
+
+
+@dataclass(frozen=True)
+class VAEConfig(_Config):
+    """An NVAE as used in LSGM (lowest resolution = the scale that the score-based prior models).
+
+    ``channel_mult[k]`` multiplies the channels at resolution level k (level 0 = image resolution after the
+    stem), so it has ``preprocess_blocks + latent_scales`` entries. ``image_size`` is what the network sees;
+    ``crop`` is the border that padding added on each side (2 for 28x28 digits padded to 32x32).
+    """
+
+    image_channels: int = 3
+    image_size: int = 32
+    crop: int = 0
+    encoder_channels: int = 128
+    decoder_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2)
+    preprocess_blocks: int = 1
+    preprocess_cells: int = 2
+    postprocess_blocks: int = 1
+    postprocess_cells: int = 2
+    encoder_cells_per_group: int = 2
+    decoder_cells_per_group: int = 2
+    latent_scales: int = 1
+    groups_per_scale: int = 20
+    latents_per_group: int = 9
+    flows_per_group: int = 0
+    architecture: str = "res_bnswish"
+    squeeze_excite: bool = True
+    input_skip: bool = False
+    decoder_distribution: str = "mixture_logistic"
+    num_bits: int = 8
+    log_sigma_scale: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.architecture not in CELL_ARCHITECTURES:
+            raise unknown_name("cell architecture", self.architecture, CELL_ARCHITECTURES)
+        if self.decoder_distribution not in DECODER_DISTRIBUTIONS:
+            raise unknown_name("decoder distribution", self.decoder_distribution, DECODER_DISTRIBUTIONS)
+        levels = self.preprocess_blocks + self.latent_scales
+        _require(
+            len(self.channel_mult) == levels,
+            f"channel_mult must have preprocess_blocks + latent_scales = {levels} entries, got {self.channel_mult}",
+        )
+        _require(
+            self.postprocess_blocks == self.preprocess_blocks,
+            "postprocess_blocks must equal preprocess_blocks, or the decoder would not return to the image's "
+            f"resolution: got {self.postprocess_blocks} and {self.preprocess_blocks}",
+        )
+        factor = 2 ** (levels - 1)
+        _require(
+            self.image_size % factor == 0,
+            f"image_size must be a multiple of {factor} (two to the number of resolution levels), got {self.image_size}",
+        )
+        _require(5 <= self.num_bits <= 8, f"num_bits must be between 5 and 8, got {self.num_bits}")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latent that the prior models: all groups of the lowest scale."""
+        size = self.image_size // 2 ** (self.preprocess_blocks + self.latent_scales - 1)
+        return (self.groups_per_scale * self.latents_per_group, size, size)
+
+
+@dataclass(frozen=True)
+class ScoreConfig(_Config):
+    """An NCSN++ score network (paper, Appendix G; Song et al. 2021 with BigGAN blocks).
+
+    Attention is placed after every residual block of the levels in ``attention_levels`` on the way down and once
+    on the way up, and always in the middle. ``resample``: ``"fir"`` ([1, 3, 3, 1]) or ``"plain"`` (nearest / mean).
+    """
+
+    latent_channels: int = 180
+    latent_size: int = 16
+    channels: int = 512
+    channel_mult: tuple[int, ...] = (1, 1, 1)
+    blocks_per_level: int = 8
+    attention_levels: tuple[int, ...] = (0,)
+    dropout: float = 0.2
+    resample: str = "fir"
+    embedding: str = "positional"
+    embedding_dim: int = 128
+    embedding_scale: float = 1000.0
+    mixed_prediction: bool = True
+    mixing_logit_init: float = -3.0
+
+    def __post_init__(self) -> None:
+        if self.resample not in ("fir", "plain"):
+            raise unknown_name("resampling", self.resample, ("fir", "plain"))
+        if self.embedding not in ("positional", "fourier"):
+            raise unknown_name("time embedding", self.embedding, ("positional", "fourier"))
+        factor = 2 ** (len(self.channel_mult) - 1)
+        _require(
+            self.latent_size % factor == 0,
+            f"latent_size must be a multiple of {factor} for {len(self.channel_mult)} levels, got {self.latent_size}",
+        )
+
+
+@dataclass(frozen=True)
+class SamplingConfig(_Config):
+    """How the recipe samples: ODE end time, tolerance (rtol = atol), BatchNorm statistics in the decoder."""
+
+    ode_eps: float = 1e-5
+    tol: float = 1e-5
+    bn: str = "running"
+
+    def __post_init__(self) -> None:
+        if self.bn not in ("running", "batch"):
+            raise unknown_name("BatchNorm statistics", self.bn, ("running", "batch"))
+        _require(0.0 < self.ode_eps < 1.0, f"ode_eps must be in (0, 1), got {self.ode_eps}")
+        _require(self.tol > 0.0, f"tol must be positive, got {self.tol}")
+
+
+@dataclass(frozen=True)
+class LSGMConfig(_Config):
+    """Everything needed to rebuild a model: VAE, score network, diffusion and recommended sampling.
+
+    ``score`` is None for a stage-1 file that holds only a VAE.
+    """
+
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    score: ScoreConfig | None = field(default_factory=ScoreConfig)
+    sde: SDEConfig = field(default_factory=SDEConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        if self.score is None:
+            return
+        expected = self.vae.latent_shape
+        got = (self.score.latent_channels, self.score.latent_size, self.score.latent_size)
+        _require(
+            expected == got, f"the VAE's latent is {expected} but the score network expects {got} (channels, h, w)"
+        )
+
+
+_NESTED: dict[str, type[_Config]] = {
+    "vae": VAEConfig,
+    "score": ScoreConfig,
+    "sde": SDEConfig,
+    "sampling": SamplingConfig,
+}

@@ -1,0 +1,298 @@
+"""Chooses, for every operation, which implementation runs, and can say why and prove what ran.
+
+Every performance-critical operation is an :class:`Op`: one public signature, one plain-PyTorch reference
+(the specification) and any number of fused implementations. Which one runs is decided per call from, in this
+order: ``backend=`` on the call, :func:`use_backend`, :func:`set_backend`, the environment variable
+``LSGM_FAST_BACKEND``, ``"auto"``.
+
+An implementation declares ``reasons(*args, **kwargs) -> list[str]``, a pure function of metadata (shapes, dtypes,
+strides, devices): the reasons why it cannot run these inputs, empty where it can. ``auto`` takes the first
+implementation, by priority, that gives no reason; the reference gives none, ever. A backend asked for by name never
+falls back silently: it runs or raises :class:`~lsgm_fast.errors.BackendUnsupported`. A scope or the environment
+variable binds only those operations that register an implementation of that name; the others follow ``auto``.
+
+The choice is held in a thread-local with a process-wide default. It is plain Python that TorchDynamo can guard on,
+so ``torch.compile(fullgraph=True)`` works and recompiles when the choice changes (a ContextVar would break the graph).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+from lsgm_fast import env
+from lsgm_fast.errors import BackendUnsupported, unknown_name
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+CHOICES = ("auto", *BACKENDS)
+
+REGISTRY: dict[str, Op[Any, Any]] = {}
+
+
+def _always(*args: Any, **kwargs: Any) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an operation.
+
+    ``reasons`` takes the operation's arguments and returns why it cannot run them (empty: it can).
+    ``auto`` tries higher ``priority`` first.
+    """
+
+    backend: str
+    fn: Callable[..., Any]
+    reasons: Callable[..., list[str]] = _always
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A parsed backend specification: one default and per-operation overrides."""
+
+    default: str = "auto"
+    per_op: tuple[tuple[str, str], ...] = ()
+
+    def for_op(self, name: str) -> str:
+        for op_name, backend in self.per_op:
+            if op_name == name:
+                return backend
+        return self.default
+
+
+_AUTO = Choice()
+_process_choice = _AUTO
+
+
+class _State(threading.local):
+    choice: Choice | None = None
+    log: Log | None = None
+
+
+_state = _State()
+
+
+@dataclass
+class Log:
+    """What ran inside :func:`record`: ``counts[(op, backend)]`` Python-level calls."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def backends(self) -> dict[str, str]:
+        """Per operation, the backends that ran it (``"cpu"``, or ``"cpu+reference"`` where several did)."""
+        found: dict[str, set[str]] = {}
+        for op_name, backend in self.counts:
+            found.setdefault(op_name, set()).add(backend)
+        return {name: "+".join(sorted(backends)) for name, backends in sorted(found.items())}
+
+    def __str__(self) -> str:
+        lines = [f"{op:<24} {backend:<10} {n:>8}" for (op, backend), n in sorted(self.counts.items())]
+        return "\n".join([f"{'operation':<24} {'backend':<10} {'calls':>8}", *lines])
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The outcome of :func:`explain`: what would run, and why the other implementations would not."""
+
+    op: str
+    requested: str
+    chosen: str | None
+    candidates: tuple[tuple[str, tuple[str, ...]], ...]
+    inputs: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}({self.inputs})", f"  requested: {self.requested}"]
+        for backend, reasons in self.candidates:
+            mark = "->" if backend == self.chosen else "  "
+            lines.append(f"  {mark} {backend:<10} {'; '.join(reasons) if reasons else 'can run'}")
+        if self.chosen is None:
+            lines.append("  nothing can run: a named backend never falls back")
+        return "\n".join(lines)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        layout = "" if value.is_contiguous() else f", strides {tuple(value.stride())}"
+        return f"{dtype}{list(value.shape)} on {value.device}{layout}"
+    if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+        return f"[{len(value)} tensors]"
+    return repr(value)
+
+
+class Op(Generic[P, R]):
+    """A dispatched operation. Call it like the function it was made from; see the module's docstring."""
+
+    def __init__(self, check: Callable[P, Any], reference: Callable[..., R]) -> None:
+        functools.update_wrapper(self, check)
+        self.name: str = check.__name__
+        self._check = check
+        self._impls: dict[str, Impl] = {}
+        self._order: tuple[Impl, ...] = ()
+        expected = [p for p in inspect.signature(check).parameters if p != "backend"]
+        if (got := list(inspect.signature(reference).parameters)) != expected:
+            raise TypeError(f"{self.name}: the reference takes {got}, the operation {expected}")
+        self.register(Impl("reference", reference, priority=-1))
+
+    def register(self, impl: Impl) -> None:
+        """Add an implementation. One per backend; a second registration of the same backend is an error."""
+        if impl.backend not in BACKENDS:
+            raise unknown_name("backend", impl.backend, BACKENDS)
+        if impl.backend in self._impls:
+            raise ValueError(f"{self.name}: backend {impl.backend!r} is registered already")
+        self._impls[impl.backend] = impl
+        self._order = tuple(sorted(self._impls.values(), key=lambda i: -i.priority))
+
+    def backends(self) -> list[str]:
+        """Registered backends, in the order in which ``auto`` tries them."""
+        return [impl.backend for impl in self._order]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        backend = kwargs.pop("backend", None)
+        self._check(*args, **kwargs)
+        impl = self._select(args, kwargs, backend)  # type: ignore[arg-type]
+        log = _state.log
+        if log is not None and not torch.compiler.is_compiling():
+            log.counts[self.name, impl.backend] += 1
+        return impl.fn(*args, **kwargs)
+
+    def resolve(self, *args: P.args, **kwargs: P.kwargs) -> Callable[..., R]:
+        """The implementation that these inputs would get, to be called directly in a hot loop.
+
+        The caller promises inputs of the same shapes, dtypes, strides and devices; nothing is checked or recorded.
+        """
+        backend = kwargs.pop("backend", None)
+        self._check(*args, **kwargs)
+        return self._select(args, kwargs, backend).fn  # type: ignore[arg-type]
+
+    def _requested(self, backend: str | None) -> tuple[str, bool]:
+        """(backend name or "auto", strict): strict where it must run whether or not the op registers it."""
+        if backend is not None:
+            if backend not in CHOICES:
+                raise unknown_name("backend", backend, CHOICES)
+            return backend, True
+        choice = _state.choice
+        if choice is None:
+            choice = _process_choice
+        return choice.for_op(self.name), False
+
+    def _select(self, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str | None) -> Impl:
+        requested, strict = self._requested(backend)
+        if requested != "auto":
+            impl = self._impls.get(requested)
+            if impl is not None:
+                why = impl.reasons(*args, **kwargs)
+                if why:
+                    raise BackendUnsupported(str(self._decide(args, kwargs, requested)))
+                return impl
+            if strict:
+                raise BackendUnsupported(
+                    f"{self.name} has no {requested!r} implementation: it has {', '.join(self.backends())}"
+                )
+        for impl in self._order:
+            if not impl.reasons(*args, **kwargs):
+                return impl
+        raise AssertionError(f"{self.name}: the reference must accept every input")
+
+    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any], requested: str) -> Decision:
+        candidates = tuple((i.backend, tuple(i.reasons(*args, **kwargs))) for i in self._order)
+        runnable = [name for name, why in candidates if not why]
+        if requested == "auto" or requested not in self._impls:
+            chosen: str | None = runnable[0]
+        else:
+            chosen = requested if requested in runnable else None
+        described = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
+        return Decision(self.name, requested, chosen, candidates, ", ".join(described))
+
+
+def define_op(reference: Callable[..., R]) -> Callable[[Callable[P, Any]], Op[P, R]]:
+    """Turn a documented, validating function into a registered :class:`Op` with ``reference`` as its specification.
+
+    The decorated function's signature is the operation's, plus ``backend: str | None = None``; its body only checks
+    the inputs and raises ``ValueError`` / ``TypeError`` with the offending value.
+    """
+
+    def decorate(check: Callable[P, Any]) -> Op[P, R]:
+        op: Op[P, R] = Op(check, reference)
+        if op.name in REGISTRY:
+            raise ValueError(f"operation {op.name!r} is defined twice")
+        REGISTRY[op.name] = op
+        return op
+
+    return decorate
+
+
+def parse_choice(spec: str) -> Choice:
+    """Parse ``"triton"`` or ``"triton,group_norm_swish=reference"``; unknown names raise ``ValueError``."""
+    default, per_op = env.parse_backend_spec(spec, CHOICES, tuple(REGISTRY))
+    return Choice(default or "auto", tuple(per_op.items()))
+
+
+def set_backend(spec: str | None) -> None:
+    """Set the process-wide default backend (``None``: back to the environment variable, else ``auto``)."""
+    global _process_choice
+    _process_choice = _environment_choice() if spec is None else parse_choice(spec)
+
+
+def _environment_choice() -> Choice:
+    default, per_op = env.backend_from_env(CHOICES, tuple(REGISTRY))
+    return Choice(default or "auto", tuple(per_op.items()))
+
+
+@contextmanager
+def use_backend(spec: str) -> Iterator[None]:
+    """Choose the backend for this thread inside a ``with`` block; the innermost block wins.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     pass
+    """
+    choice = parse_choice(spec)
+    previous = _state.choice
+    _state.choice = choice
+    try:
+        yield
+    finally:
+        _state.choice = previous
+
+
+@contextmanager
+def record() -> Iterator[Log]:
+    """Count which implementation ran for every operation called in this thread inside the block.
+
+    Calls made by Python are counted; a compiled graph or a CUDA-graph replay makes none.
+    """
+    log = Log()
+    previous = _state.log
+    _state.log = log
+    try:
+        yield log
+    finally:
+        _state.log = previous
+        if previous is not None:
+            previous.counts.update(log.counts)
+
+
+def explain(op: str | Op[Any, Any], *args: Any, backend: str | None = None, **kwargs: Any) -> Decision:
+    """Say which implementation of ``op`` would run these inputs, and why the others would not.
+
+    Touches metadata only: nothing is launched, and tensors on the meta device work.
+    """
+    if isinstance(op, str):
+        if op not in REGISTRY:
+            raise unknown_name("operation", op, REGISTRY)
+        op = REGISTRY[op]
+    requested, _ = op._requested(backend)
+    return op._decide(args, kwargs, requested)
