@@ -1,0 +1,22 @@
+"""Reference resampling by two: separable [1, 3, 3, 1] filter, or plain nearest / mean."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def fir_resample(x: torch.Tensor, direction: str, fir: bool = True) -> torch.Tensor:
+    n, c, h, w = x.shape
+    if not fir:
+        if direction == "up":
+            return x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)
+        return x.reshape(n, c, h // 2, 2, w // 2, 2).mean(dim=(3, 5))
+    taps = torch.ones(4, dtype=x.dtype, device=x.device)
+    taps[1:3] = 3.0
+    taps = taps / (4.0 if direction == "up" else 8.0)
+    kernel = (taps[:, None] * taps[None, :]).expand(c, 1, 4, 4)
+    if direction == "up":
+        # The transposed convolution is zero insertion followed by the filter with padding (2, 1).
+        return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=c)
+    return F.conv2d(x, kernel, stride=2, padding=1, groups=c)
