@@ -1,0 +1,110 @@
+"""``solve_ode``: one entry point for every ODE solver."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lsgm_fast.errors import unknown_name
+from lsgm_fast.sampling import solution as _solution
+from lsgm_fast.sampling.rk45 import solve_rk45
+from lsgm_fast.sampling.solution import Callback, Drift, Solution
+from lsgm_fast.sampling.torchdiffeq_solvers import solve_dopri5, solve_scipy
+
+_SOLVERS = {"rk45": solve_rk45, "scipy": solve_scipy, "dopri5": solve_dopri5}
+SOLVERS = ("auto", *_SOLVERS)
+"""Names that ``solve_ode`` accepts."""
+
+
+def resolve_solver(solver: str) -> str:
+    """The solver that a name stands for: ``"auto"`` is ``"rk45"``.
+
+    Raises:
+        ValueError: unknown name; lists the valid ones and the closest.
+    """
+    if solver == "auto":
+        return "rk45"
+    if solver not in _SOLVERS:
+        raise unknown_name("solver", solver, SOLVERS)
+    return solver
+
+
+@torch.no_grad()
+def solve_ode(
+    drift: Drift,
+    z1: Tensor,
+    *,
+    t_start: float = 1.0,
+    t_end: float,
+    solver: str = "auto",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    state_dtype: torch.dtype = torch.float64,
+    callback: Callback | None = None,
+    max_steps: int = 100_000,
+) -> Solution:
+    """Integrate ``dz/dt = drift(t, z)`` from ``t_start`` to ``t_end``, in either direction of time.
+
+    One step size and one error norm serve the whole batch, as in the published sampler, so a sample depends
+    (within the tolerance) on the others it is drawn with.
+
+    Args:
+        drift: ``drift(t, z)`` with ``t`` a Python float; returns z's shape in any floating-point dtype.
+        z1: state at ``t_start``, (B, ...).
+        solver: ``"rk45"`` (``"auto"``): SciPy's RK45 on the tensor's device, its state in ``state_dtype``.
+            ``"scipy"``: the published path through torchdiffeq's ``scipy_solver``: a float64 NumPy state on
+            the host, the drift called in z1's own dtype. ``"dopri5"``: torchdiffeq's own Dormand-Prince.
+        rtol, atol: tolerances on the local error (the published sampler uses one value for both).
+        state_dtype: dtype of the state that ``drift`` receives (``"rk45"`` and ``"dopri5"``).
+        callback: called with a ``Progress`` after every attempted step.
+        max_steps: largest number of attempted steps.
+
+    Returns:
+        Solution whose ``z`` has z1's dtype, shape and device. An empty batch or interval takes no evaluation.
+
+    Raises:
+        ValueError: unknown solver, invalid tolerance, time or dtype, a device without float64, or a drift of
+            the wrong shape.
+        NonFiniteError: the drift produced NaN or infinity (names the step, the stage and the time).
+        SolverError: the step size fell below the resolution of time, or ``max_steps`` was reached.
+    """
+    method = _SOLVERS[resolve_solver(solver)]
+    if not isinstance(z1, Tensor) or not z1.is_floating_point():
+        kind = z1.dtype if isinstance(z1, Tensor) else type(z1).__name__
+        raise ValueError(f"the initial state must be a floating-point tensor, got {kind}")
+    for name, value in (("t_start", t_start), ("t_end", t_end)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if rtol == 0 and atol == 0:
+        raise ValueError("rtol and atol are both 0: give at least one of them a positive value")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if state_dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"state_dtype must be torch.float32 or torch.float64, got {state_dtype}")
+    if (
+        state_dtype == torch.float64
+        and method is not solve_scipy
+        and not _solution.supports_float64(z1.device)
+    ):
+        raise ValueError(
+            f"device {z1.device} has no float64, which the solver state uses by default: pass "
+            "state_dtype=torch.float32 (tolerances below about 1e-5 are then out of reach)"
+        )
+    if z1.numel() == 0 or t_start == t_end:
+        return Solution(z=z1.clone(), nfe=0, accepted=0, rejected=0, seconds=0.0)
+    return method(
+        drift,
+        z1,
+        t_start=float(t_start),
+        t_end=float(t_end),
+        rtol=float(rtol),
+        atol=float(atol),
+        state_dtype=state_dtype,
+        callback=callback,
+        max_steps=max_steps,
+    )

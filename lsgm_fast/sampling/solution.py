@@ -1,0 +1,69 @@
+"""What the sampling loops take and return: drift, progress, step records, solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Drift: TypeAlias = Callable[[float, Tensor], Tensor]
+"""``drift(t, z) -> dz/dt`` of z's shape, in any floating-point dtype."""
+
+
+class SolverError(RuntimeError):
+    """A solver could not reach the end of the interval (step size too small, or too many steps)."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of a running solve: ``fraction`` of the time interval covered (0 to 1), ``t`` and evaluations."""
+
+    fraction: float
+    t: float
+    nfe: int
+
+
+Callback: TypeAlias = Callable[[Progress], object]
+"""Called after every attempted step. What it raises ends the solve and reaches the caller."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One attempted step from ``t`` to ``t + h`` (``h`` is negative where time runs backwards).
+
+    ``error_norm`` is the scaled error estimate that decided about it: below 1 the step is accepted. NaN where
+    the solver does not report one.
+    """
+
+    t: float
+    h: float
+    error_norm: float
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of a sampling loop.
+
+    Attributes:
+        z: final state, in the dtype of the initial one.
+        nfe: number of evaluations of the drift or network (one evaluation serves the whole batch).
+        accepted, rejected: attempted steps.
+        seconds: wall-clock time of the loop.
+        steps: every attempted step in order.
+    """
+
+    z: Tensor
+    nfe: int
+    accepted: int
+    rejected: int
+    seconds: float
+    steps: list[StepRecord] = field(default_factory=list)
+
+
+def supports_float64(device: torch.device) -> bool:
+    """Whether tensors on ``device`` can be float64 (Apple's Metal backend has none)."""
+    return device.type != "mps"
