@@ -1,0 +1,170 @@
+"""Pixel likelihoods of the decoder: p(x | z) from the decoder's logits."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+
+from lsgm_fast import ops
+from lsgm_fast.errors import unknown_name
+
+MIXTURES = 10
+
+
+def soft_clamp(x: torch.Tensor, limit: float = 5.0) -> torch.Tensor:
+    """``limit * tanh(x / limit)``: the identity near 0, bounded by ``limit``."""
+    return limit * torch.tanh(x / limit)
+
+
+class DecoderDistribution(ABC):
+    """p(x | z) for images x in [-1, 1].
+
+    ``log_prob(x)`` in nats, per pixel and colour (per pixel for the mixture of logistics, whose colours are coupled);
+    ``mean()`` and ``sample()`` in [-1, 1].
+    """
+
+    def __init__(self, logits: torch.Tensor, num_bits: int = 8) -> None:
+        self.logits = logits
+        self.num_bits = num_bits
+
+    @staticmethod
+    @abstractmethod
+    def logit_channels(image_channels: int) -> int:
+        """Number of decoder output channels."""
+
+    @abstractmethod
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """Log-probability of images x (N, C, H, W) in [-1, 1], nats."""
+
+    @abstractmethod
+    def mean(self) -> torch.Tensor:
+        """Mean image in [-1, 1] (the published code's definition)."""
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A draw of the image, in [-1, 1] up to the tails of an unbounded likelihood."""
+
+    def _uniform(self, like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        return torch.empty_like(like).uniform_(1e-5, 1.0 - 1e-5, generator=generator)
+
+
+class Bernoulli(DecoderDistribution):
+    """Binary pixels: x = -1 or 1 with P(x = 1) = sigmoid(logit)."""
+
+    @staticmethod
+    def logit_channels(image_channels: int) -> int:
+        return image_channels
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        return -F.binary_cross_entropy_with_logits(self.logits, 0.5 * (x + 1.0), reduction="none")
+
+    def mean(self) -> torch.Tensor:
+        return 2.0 * torch.sigmoid(self.logits) - 1.0
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        uniform = self._uniform(self.logits, generator)
+        return torch.where(uniform < torch.sigmoid(self.logits), 1.0, -1.0).to(self.logits.dtype)
+
+
+class Normal(DecoderDistribution):
+    """Gaussian pixels: logits are (mean, log sigma), each soft-clamped to [-5, 5]."""
+
+    @staticmethod
+    def logit_channels(image_channels: int) -> int:
+        return 2 * image_channels
+
+    def __init__(self, logits: torch.Tensor, num_bits: int = 8) -> None:
+        super().__init__(logits, num_bits)
+        loc, log_scale = logits.chunk(2, dim=1)
+        self.loc, self.log_scale = soft_clamp(loc), soft_clamp(log_scale)
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        standard = (x - self.loc) * torch.exp(-self.log_scale)
+        return -0.5 * standard.square() - 0.5 * math.log(2.0 * math.pi) - self.log_scale
+
+    def mean(self) -> torch.Tensor:
+        return self.loc
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        noise = torch.empty_like(self.loc).normal_(generator=generator)
+        return self.loc + torch.exp(self.log_scale) * noise
+
+
+class Logistic(DecoderDistribution):
+    """Discretised logistic per colour: logits are (mean, log scale >= -7); open-ended first and last bins."""
+
+    @staticmethod
+    def logit_channels(image_channels: int) -> int:
+        return 2 * image_channels
+
+    def __init__(self, logits: torch.Tensor, num_bits: int = 8) -> None:
+        super().__init__(logits, num_bits)
+        self.loc, log_scale = logits.chunk(2, dim=1)
+        self.log_scale = log_scale.clamp(min=-7.0)
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        levels = 2.0**self.num_bits - 1.0
+        inv_scale = torch.exp(-self.log_scale)
+        upper = inv_scale * (x - self.loc + 1.0 / levels)
+        lower = inv_scale * (x - self.loc - 1.0 / levels)
+        middle = inv_scale * (x - self.loc)
+        delta = torch.sigmoid(upper) - torch.sigmoid(lower)
+        log_density = middle - self.log_scale - 2.0 * F.softplus(middle) - math.log(levels / 2.0)
+        inner = torch.where(delta > 1e-5, torch.log(delta.clamp(min=1e-10)), log_density)
+        return torch.where(x < -0.999, F.logsigmoid(upper), torch.where(x > 0.999, -F.softplus(lower), inner))
+
+    def mean(self) -> torch.Tensor:
+        return self.loc
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        uniform = self._uniform(self.loc, generator)
+        return self.loc + torch.exp(self.log_scale) * torch.logit(uniform)
+
+
+class MixtureLogistic(DecoderDistribution):
+    """Discretised mixture of ten logistics over RGB pixels (PixelCNN++)."""
+
+    @staticmethod
+    def logit_channels(image_channels: int) -> int:
+        if image_channels != 3:
+            raise ValueError(f"the mixture of logistics models RGB images, got {image_channels} channel(s)")
+        return MIXTURES * 10
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.mixture_logistic_log_prob(x, self.logits, self.num_bits)
+
+    def mean(self) -> torch.Tensor:
+        return ops.mixture_logistic_mean(self.logits)
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        n, channels, h, w = self.logits.shape
+        k = channels // 10
+        mixture = self.logits[:, :k]
+        gumbel = -torch.log(-torch.log(self._uniform(mixture, generator)))
+        index = (mixture + gumbel).argmax(dim=1)[:, None, None].expand(n, 3, 1, h, w)
+        parts = self.logits[:, k:].reshape(n, 3, 3 * k, h, w).split(k, dim=2)
+        loc, log_scale, coeff = (part.gather(2, index)[:, :, 0] for part in parts)
+        coeff = torch.tanh(coeff)
+        x = loc + torch.exp(log_scale.clamp(min=-7.0)) * torch.logit(self._uniform(loc, generator))
+        red = x[:, 0].clamp(-1.0, 1.0)
+        green = (x[:, 1] + coeff[:, 0] * red).clamp(-1.0, 1.0)
+        blue = (x[:, 2] + coeff[:, 1] * red + coeff[:, 2] * green).clamp(-1.0, 1.0)
+        return torch.stack((red, green, blue), dim=1)
+
+
+DISTRIBUTIONS: dict[str, type[DecoderDistribution]] = {
+    "mixture_logistic": MixtureLogistic,
+    "logistic": Logistic,
+    "normal": Normal,
+    "bernoulli": Bernoulli,
+}
+
+
+def decoder_distribution(name: str) -> type[DecoderDistribution]:
+    """The distribution class of that name."""
+    if name not in DISTRIBUTIONS:
+        raise unknown_name("decoder distribution", name, DISTRIBUTIONS)
+    return DISTRIBUTIONS[name]

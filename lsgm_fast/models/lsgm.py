@@ -1,0 +1,526 @@
+"""LSGM: a VAE with a score-based generative model as the prior of its latents."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lsgm_fast import dispatch, ops, random
+from lsgm_fast.config import LSGMConfig, SamplingConfig, SDEConfig
+from lsgm_fast.errors import NonFiniteError, unknown_name
+from lsgm_fast.models.ncsnpp import NCSNpp
+from lsgm_fast.models.nvae import BN_STATISTICS, NVAE, LatentGroup
+from lsgm_fast.sampling import SOLVERS, Progress, Solution, sample_ancestral, solve_ode
+from lsgm_fast.sde import SDE, build_sde
+from lsgm_fast.weighting import iw_quantities
+
+logger = logging.getLogger("lsgm_fast")
+
+DEFAULT_BATCH_SIZE = 64
+ANCESTRAL_STEPS = 1000
+
+
+@runtime_checkable
+class VAE(Protocol):
+    """What :class:`LSGM` needs of a VAE (:class:`~lsgm_fast.models.NVAE` is the first implementation).
+
+    ``latent_shape``: (C, h, w) of the latent that the prior models. ``decode`` returns images (N, C, H, W) in [0, 1]
+    and may ignore its keyword arguments; ``encode`` is only needed by :meth:`LSGM.encode`. A hierarchical VAE also
+    has ``lower_shapes``, the shapes of the latents that the prior does not cover.
+    """
+
+    latent_shape: tuple[int, int, int]
+
+    def decode(self, z: torch.Tensor, **options: Any) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class ScoreNetwork(Protocol):
+    """What :class:`LSGM` needs of a score network: ``forward(z, t) -> predicted noise``, t of shape (B,).
+
+    An attribute ``mixing_logit`` (1, C, 1, 1), if there is one, mixes the prediction with that of a normal prior.
+    """
+
+    def __call__(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class SamplingInfo:
+    """What a latent sampling cost.
+
+    ``nfe``: evaluations of the score network (one serves the whole batch); ``seconds``: wall clock of the solve;
+    ``steps`` / ``rejected``: accepted / rejected steps; ``backends``: which backend ran each operation.
+    """
+
+    nfe: int
+    seconds: float
+    steps: int
+    rejected: int
+    solver: str
+    backends: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Nelbo:
+    """Negative evidence lower bound per image, (N,) nats, and its parts: ``total = reconstruction + log_q +
+    cross_entropy_prior + cross_entropy_lower``."""
+
+    total: torch.Tensor
+    reconstruction: torch.Tensor
+    log_q: torch.Tensor
+    cross_entropy_prior: torch.Tensor
+    cross_entropy_lower: torch.Tensor
+
+
+class LSGM(nn.Module):
+    """Latent score-based generative model (Vahdat, Kreis, Kautz 2021).
+
+    Args:
+        vae: a :class:`VAE`; :class:`~lsgm_fast.models.NVAE` or your own module.
+        prior: a :class:`ScoreNetwork`, or None for a VAE alone.
+        sde: the diffusion, or its configuration.
+        sampling: recommended end time, tolerance and BatchNorm statistics.
+        config: kept as ``.config`` so that :meth:`save` can write it; None for your own modules.
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        prior: nn.Module | None,
+        sde: SDE | SDEConfig,
+        *,
+        sampling: SamplingConfig | None = None,
+        config: LSGMConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(vae, VAE):
+            raise TypeError(f"{type(vae).__name__} is no VAE: it needs latent_shape and decode(z, **options)")
+        self.vae = vae
+        self.prior = prior
+        self.sde = build_sde(sde) if isinstance(sde, SDEConfig) else sde
+        self.sampling = sampling or (config.sampling if config else SamplingConfig())
+        self.config = config
+
+    @classmethod
+    def from_config(cls, config: LSGMConfig) -> LSGM:
+        """A model with random weights."""
+        prior = NCSNpp(config.score) if config.score is not None else None
+        return cls(NVAE(config.vae), prior, config.sde, config=config)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter (CPU if there is none)."""
+        parameter = next(self.parameters(), None)
+        return parameter.device if parameter is not None else torch.device("cpu")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latent that the prior models."""
+        return tuple(self.vae.latent_shape)  # type: ignore[return-value]
+
+    @property
+    def lower_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes of the latents that the prior does not cover, in decoder order."""
+        return list(getattr(self.vae, "lower_shapes", []))
+
+    # -- the score ----------------------------------------------------------------------------------------------
+
+    @property
+    def mixing_logit(self) -> torch.Tensor | None:
+        """The prior's mixing logit (1, C, 1, 1), or None."""
+        return getattr(self.prior, "mixing_logit", None)
+
+    def _network(self) -> nn.Module:
+        if self.prior is None:
+            raise ValueError(
+                "this model holds only a VAE (a stage-1 checkpoint): sampling and likelihood need a score-based prior; "
+                "encode() and decode() work"
+            )
+        return self.prior
+
+    def predict_noise(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Mixed noise prediction ``(1 - a) r z + a eps_theta(z, t)`` for t of shape (B,) or 0-d."""
+        eps = self._network()(z, t)
+        return ops.mixed_score(eps, z, self.mixing_logit, self.sde.mixed_r(t))
+
+    def drift(self, z: torch.Tensor, t: torch.Tensor, sde: SDE | None = None) -> torch.Tensor:
+        """Drift dz/dt of the probability-flow ODE at z (any floating dtype; the result has it too)."""
+        sde = sde or self.sde
+        if sde.parity == "published":
+            # The published solver hands the network and the SDE a float32 state.
+            z = z.to(torch.float32)
+        parameter = next(self.parameters(), None)
+        network_dtype = parameter.dtype if parameter is not None else torch.float32
+        eps = self._network()(z.to(network_dtype), t.to(network_dtype).expand(z.shape[0]))
+        p, q, r = sde.drift_coefficients(t)
+        return ops.score_drift(eps, z, self.mixing_logit, p, q, r)
+
+    # -- sampling -----------------------------------------------------------------------------------------------
+
+    def sample_latents(
+        self,
+        n: int,
+        *,
+        noise: torch.Tensor | None = None,
+        seed: int = 0,
+        first_index: int = 0,
+        solver: str = "auto",
+        tol: float | None = None,
+        evaluations: int | None = None,
+        ode_eps: float | None = None,
+        temperature: float = 1.0,
+        state_dtype: torch.dtype = torch.float64,
+        progress: bool = False,
+    ) -> tuple[torch.Tensor, SamplingInfo]:
+        """Draw latents from the prior.
+
+        Integrates the probability-flow ODE ``dz/dt = f z + g^2 / (2 sqrt(var)) eps_mixed(z, t)`` from t = 1, where z is
+        normal, to ``ode_eps`` (paper, section 2; Song et al. 2021).
+
+        Args:
+            n: number of latents, one batch.
+            noise: standard-normal initial state (n, *latent_shape); None: drawn from ``seed``.
+            seed: 0 to 2^64 - 1. first_index: index of the first sample within the request, so that splitting a request
+                does not change its draws.
+            solver: ``"rk45"`` (``"auto"``), ``"scipy"`` (the published path, with the published float32 formulas),
+                ``"dopri5"`` or ``"ancestral"``.
+            tol: rtol and atol; None: the recipe's. evaluations: network evaluations, for solvers with a fixed
+                budget (``"ancestral"``; default 1000).
+            ode_eps: end time; None: the recipe's. temperature: factor on the initial noise (and ancestral noise).
+            state_dtype: dtype of the adaptive solver's state. progress: show a progress bar on stderr.
+
+        Returns:
+            ``(z (n, *latent_shape), info)``.
+
+        Raises:
+            ValueError: unknown solver, wrong shapes, a device without float64, evaluations for an adaptive solver.
+            NonFiniteError: the network produced NaN or infinity (step and t are named).
+        """
+        network = self._network()
+        solvers = (*SOLVERS, "ancestral")
+        if solver not in solvers:
+            raise unknown_name("solver", solver, solvers)
+        if evaluations is not None and solver != "ancestral":
+            raise ValueError(
+                f"evaluations={evaluations} needs a solver with a fixed budget: solver='ancestral'; "
+                f"{solver!r} chooses its evaluations to meet tol"
+            )
+        indices = range(first_index, first_index + n)
+        device = self.device
+        if noise is None:
+            noise = random.normal(seed, indices, "prior", self.latent_shape, device=device)
+        elif tuple(noise.shape) != (n, *self.latent_shape):
+            raise ValueError(f"expected noise {(n, *self.latent_shape)}, got {tuple(noise.shape)}")
+        z1 = noise.to(device) * (self.sde.prior_std * temperature)
+
+        with _ProgressBar(progress) as bar, dispatch.record() as log, torch.no_grad():
+            start = time.perf_counter()
+            if solver == "ancestral":
+                solution = sample_ancestral(
+                    network,
+                    z1,
+                    sde=self.sde,
+                    mixing_logit=self.mixing_logit,
+                    steps=evaluations if evaluations is not None else ANCESTRAL_STEPS,
+                    noise_fn=lambda i: random.normal(
+                        seed, indices, "ancestral", self.latent_shape, device=device, substream=i
+                    ),
+                    temperature=temperature,
+                    callback=bar,
+                )
+            else:
+                solution = self._solve(z1, solver, tol, ode_eps, state_dtype, bar)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - start
+        info = SamplingInfo(
+            nfe=solution.nfe,
+            seconds=seconds,
+            steps=solution.accepted,
+            rejected=solution.rejected,
+            solver="rk45" if solver == "auto" else solver,
+            backends=log.backends(),
+        )
+        return solution.z, info
+
+    def _solve(
+        self,
+        z1: torch.Tensor,
+        solver: str,
+        tol: float | None,
+        ode_eps: float | None,
+        state_dtype: torch.dtype,
+        callback: Callable[[Progress], object],
+    ) -> Solution:
+        tol = self.sampling.tol if tol is None else tol
+        ode_eps = self.sampling.ode_eps if ode_eps is None else ode_eps
+        if not 0.0 < ode_eps < 1.0:
+            raise ValueError(f"ode_eps must be in (0, 1), got {ode_eps}")
+        sde = self.sde.with_parity("published") if solver == "scipy" else self.sde
+        return solve_ode(
+            lambda t, z: self.drift(z, torch.tensor(t, dtype=torch.float64, device="cpu").to(z.device), sde),
+            z1,
+            t_end=ode_eps,
+            solver=solver,
+            rtol=tol,
+            atol=tol,
+            state_dtype=state_dtype,
+            callback=callback,
+        )
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        solver: str = "auto",
+        tol: float | None = None,
+        evaluations: int | None = None,
+        ode_eps: float | None = None,
+        temperature: float = 1.0,
+        vae_temperature: float = 1.0,
+        bn: str | None = None,
+        batch_size: int | None = None,
+        noise: torch.Tensor | None = None,
+        lower_noise: Sequence[torch.Tensor] | None = None,
+        crop: bool = True,
+        progress: bool = False,
+        on_batch: Callable[[torch.Tensor, SamplingInfo], object] | None = None,
+    ) -> torch.Tensor:
+        """Draw images: latents from the prior, decoded to the mean of p(x | z).
+
+        Args:
+            n: number of images. seed: same seed, same images, on every device and for every ``batch_size`` (up to the
+                solver's tolerance where one step size serves a batch, and unless ``bn="batch"``).
+            solver, tol, evaluations, ode_eps, temperature, noise, progress: as in :meth:`sample_latents`.
+            vae_temperature: factor on the noise of the latent scales that the prior does not cover.
+            bn: ``"running"`` or ``"batch"`` BatchNorm statistics in the decoder; None: the recipe's.
+            batch_size: images per batch; None: at most 64.
+            lower_noise: standard-normal draws of the scales that the prior does not cover, each (n, *lower_shapes[i]).
+            crop: remove the border that padding added (28x28 digits instead of 32x32).
+            on_batch: called with (images, info) of every finished batch.
+
+        Returns:
+            (n, C, H, W) float32 in [0, 1].
+
+        Raises:
+            ValueError, NonFiniteError: as :meth:`sample_latents` and :meth:`decode`.
+        """
+        if n < 1:
+            raise ValueError(f"the number of images must be at least 1, got {n}")
+        if batch_size is None:
+            batch_size = DEFAULT_BATCH_SIZE
+        elif batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        expected = [(n, *s) for s in self.lower_shapes]
+        if lower_noise is not None and [tuple(e.shape) for e in lower_noise] != expected:
+            raise ValueError(f"expected lower_noise {expected}, got {[tuple(e.shape) for e in lower_noise]}")
+        if noise is not None and tuple(noise.shape) != (n, *self.latent_shape):
+            raise ValueError(f"expected noise {(n, *self.latent_shape)}, got {tuple(noise.shape)}")
+        batches = []
+        for first in range(0, n, batch_size):
+            part = slice(first, min(first + batch_size, n))
+            size = part.stop - part.start
+            z, info = self.sample_latents(
+                size,
+                noise=None if noise is None else noise[part],
+                seed=seed,
+                first_index=first,
+                solver=solver,
+                tol=tol,
+                evaluations=evaluations,
+                ode_eps=ode_eps,
+                temperature=temperature,
+                progress=progress,
+            )
+            if lower_noise is None:
+                lower = self._draw_lower(size, seed, first)
+            else:
+                lower = [e[part].to(z.device) for e in lower_noise]
+            lower = [e * vae_temperature for e in lower]
+            images = self.decode(z, lower_noise=lower, bn=bn, crop=crop).float()
+            if on_batch is not None:
+                on_batch(images, info)
+            batches.append(images)
+        return torch.cat(batches)
+
+    def _draw_lower(self, n: int, seed: int, first_index: int) -> list[torch.Tensor]:
+        indices = range(first_index, first_index + n)
+        return [
+            random.normal(seed, indices, "lower", shape, device=self.device, substream=i)
+            for i, shape in enumerate(self.lower_shapes)
+        ]
+
+    @torch.no_grad()
+    def decode(
+        self,
+        z: torch.Tensor,
+        lower_noise: Sequence[torch.Tensor] | None = None,
+        bn: str | None = None,
+        crop: bool = True,
+        *,
+        seed: int = 0,
+    ) -> torch.Tensor:
+        """Mean image of p(x | z).
+
+        Splits the batch when memory runs out (not with ``bn="batch"``, whose statistics are the batch's).
+
+        Args:
+            z: (N, *latent_shape). lower_noise: latents of the scales that the prior does not cover, each
+                (N, *lower_shapes[i]); None: drawn from ``seed``.
+            bn: ``"running"`` or ``"batch"``; None: the recipe's. crop: remove the border that padding added.
+
+        Returns:
+            (N, C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: wrong shapes. NonFiniteError: the decoder produced NaN.
+            torch.OutOfMemoryError: a single image does not fit, or the batch must not be split.
+        """
+        bn = self.sampling.bn if bn is None else bn
+        if bn not in BN_STATISTICS:
+            raise unknown_name("BatchNorm statistics", bn, BN_STATISTICS)
+        if z.dim() != 4 or tuple(z.shape[1:]) != self.latent_shape:
+            raise ValueError(f"expected latents (N, {', '.join(map(str, self.latent_shape))}), got {tuple(z.shape)}")
+        lower = list(lower_noise) if lower_noise is not None else self._draw_lower(z.shape[0], seed, 0)
+        images = self._decode_splitting(z, lower, bn, crop)
+        if not bool(torch.isfinite(images).all()):
+            source = "its input" if not bool(torch.isfinite(z).all()) else "its own activations"
+            raise NonFiniteError(f"the decoder produced NaN or infinity (from {source})")
+        return images
+
+    def _decode_splitting(self, z: torch.Tensor, lower: list[torch.Tensor], bn: str, crop: bool) -> torch.Tensor:
+        try:
+            return self.vae.decode(z, lower_noise=lower, bn=bn, crop=crop)
+        except torch.OutOfMemoryError:
+            if bn == "batch" or z.shape[0] == 1:
+                raise
+        # Outside the except block, so that the traceback no longer keeps the failed attempt's tensors alive.
+        if z.is_cuda:
+            torch.cuda.empty_cache()
+        half = (z.shape[0] + 1) // 2
+        logger.warning("out of memory while decoding %d images: decoding %d at a time", z.shape[0], half)
+        first = self._decode_splitting(z[:half], [e[:half] for e in lower], bn, crop)
+        second = self._decode_splitting(z[half:], [e[half:] for e in lower], bn, crop)
+        return torch.cat((first, second))
+
+    # -- inference ----------------------------------------------------------------------------------------------
+
+    def encode(
+        self, x: torch.Tensor, noise: Sequence[torch.Tensor] | None = None, *, seed: int = 0
+    ) -> list[LatentGroup]:
+        """Posterior of every latent group and a draw from it.
+
+        Args:
+            x: images (N, C, H, W) in [0, 1], natural or padded size. noise: one standard-normal draw per group;
+                None: from ``seed``.
+
+        Returns:
+            Groups in decoder order, each with ``eps``, ``log_q``, ``mean``, ``log_sigma``. (What your own VAE's
+            ``encode`` returns, if it is not an NVAE.)
+
+        Raises:
+            ValueError: images of the wrong size, channel count or range; noise of the wrong shapes.
+        """
+        if isinstance(self.vae, NVAE):
+            return self.vae.encode(self.vae.preprocess_images(x), noise, seed)
+        encode = getattr(self.vae, "encode", None)
+        if encode is None:
+            raise TypeError(f"{type(self.vae).__name__} has no encode()")
+        return encode(x, noise=noise)
+
+    def nelbo(
+        self,
+        x: torch.Tensor,
+        *,
+        noise: Sequence[torch.Tensor] | None = None,
+        diffusion_noise: torch.Tensor | None = None,
+        rho: torch.Tensor | None = None,
+        iw_mode: str | None = None,
+        seed: int = 0,
+    ) -> Nelbo:
+        """One-sample estimate of the negative evidence lower bound (paper, equation 5 and Theorem 1).
+
+        ``-log p(x | z) + log q(z | x) + CE(q || p)``; the cross entropy with the score-based prior is estimated at one
+        importance-sampled time per image.
+
+        Args:
+            x: images (N, C, H, W) in [0, 1]. noise: per-group posterior draws. diffusion_noise: (N, *latent_shape).
+            rho: (N,) uniforms in (0, 1) that choose the times. iw_mode: a likelihood-weighted mode, ``"ll_iw"`` or
+                ``"ll_uniform"``; None: ``"ll_iw"`` where the SDE has it. Draws left out come from ``seed``.
+
+        Raises:
+            ValueError: as :meth:`encode`; a mode that does not weight by likelihood; an NVAE is needed.
+        """
+        vae = self.vae
+        if not isinstance(vae, NVAE):
+            raise TypeError(f"nelbo() needs an NVAE, got {type(vae).__name__}")
+        self._network()
+        if iw_mode is None:
+            iw_mode = "ll_uniform" if self.sde.name == "sub_vpsde" else "ll_iw"
+        if iw_mode not in ("ll_iw", "ll_uniform"):
+            raise unknown_name("likelihood-weighted importance sampling mode", iw_mode, ("ll_iw", "ll_uniform"))
+        x = vae.preprocess_images(x)
+        n = x.shape[0]
+        logits, groups = vae(x, noise, seed)
+        reconstruction = vae.reconstruction_loss(logits, x)
+        log_q = torch.stack([g.log_q.flatten(1).sum(dim=1) for g in groups]).sum(dim=0)
+
+        z0 = vae.merge_groups([g.eps for g in groups])
+        if diffusion_noise is None:
+            diffusion_noise = random.normal(seed, range(n), "diffusion", self.latent_shape, dtype=z0.dtype, device=z0.device)
+        if rho is None:
+            rho = random.uniform(seed, range(n), "time", (), device=z0.device).to(z0.dtype)
+        iw = iw_quantities(self.sde, rho, iw_mode)
+        z_t = ops.diffuse(z0, diffusion_noise, iw.m, iw.var)
+        const = float(self.sde.cross_entropy_const(self.sde.time_eps))
+        if not math.isfinite(const):
+            raise ValueError(
+                f"{self.sde.name} has zero variance at time_eps={self.sde.time_eps}: the cross entropy needs time_eps > 0"
+            )
+        prediction = self.predict_noise(z_t, iw.t)
+        _, cross_entropy = ops.score_matching_loss(prediction, diffusion_noise, iw.weight_p, iw.weight_q, const)
+        assert cross_entropy is not None
+        prior = cross_entropy.flatten(1).sum(dim=1)
+        lower = torch.zeros_like(prior)
+        for group in groups[vae.config.groups_per_scale :]:
+            lower = lower + (0.5 * group.eps.square() + 0.5 * math.log(2.0 * math.pi)).flatten(1).sum(dim=1)
+        total = reconstruction + log_q + prior + lower
+        return Nelbo(total, reconstruction, log_q, prior, lower)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write weights and configuration to one safetensors file (written aside, then renamed)."""
+        from lsgm_fast import checkpoints
+
+        checkpoints.save(self, path)
+
+
+class _ProgressBar:
+    """tqdm over the covered time interval, with the number of evaluations; does nothing when not enabled."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._bar = None
+        if enabled:
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
+            self._bar = tqdm(total=1.0, desc="sampling", bar_format=layout, leave=False)
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __call__(self, progress: Progress) -> None:
+        if self._bar is not None:
+            self._bar.update(progress.fraction - self._bar.n)
+            self._bar.set_postfix_str(f"NFE {progress.nfe}, t = {progress.t:.3g}")
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,145 @@
+"""Layers of the NVAE: weight-normalised convolutions, BatchNorm-Swish, squeeze-excite, resampling skips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lsgm_fast import ops
+
+BN_MOMENTUM = 0.05
+BN_EPS = 1e-5
+
+
+class WeightNormConv2d(nn.Conv2d):
+    """Convolution with weight ``exp(g_k) * V_k / (||V_k|| + 1e-5)`` per output filter (NVAE, section 3.3).
+
+    Inside :func:`normalized_weights` the weight computed there for the whole model is used; elsewhere it is
+    computed here.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True, groups: int = 1
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias, groups=groups
+        )
+        norm = torch.linalg.vector_norm(self.weight.detach(), dim=(1, 2, 3), keepdim=True)
+        self.log_weight_norm = nn.Parameter(torch.log(norm + 1e-2))
+        self.prepared_weight: torch.Tensor | None = None
+
+    def direction(self) -> torch.Tensor:
+        """The weight before normalisation."""
+        return self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.prepared_weight
+        if weight is None:
+            weight = ops.weight_norm([self.direction()], [self.log_weight_norm])[0]
+        return self._conv_forward(x, weight, self.bias)
+
+
+@contextmanager
+def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[None]:
+    """Normalise the weights of all ``convs`` in one operation for the duration of the block."""
+    weights = ops.weight_norm([c.direction() for c in convs], [c.log_weight_norm for c in convs])
+    for conv, weight in zip(convs, weights, strict=True):
+        conv.prepared_weight = weight
+    try:
+        yield
+    finally:
+        for conv in convs:
+            conv.prepared_weight = None
+
+
+class BatchNormSwish(nn.Module):
+    """BatchNorm over (N, H, W), then Swish unless ``swish`` is False.
+
+    In training mode the batch's statistics normalise and the running ones are updated (momentum 0.05, unbiased
+    variance). In eval mode the running statistics normalise, or with ``batch_stats`` the batch's, updating nothing.
+    """
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
+    def __init__(self, channels: int, swish: bool = True) -> None:
+        super().__init__()
+        self.swish = swish
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
+        y, mean, var = ops.bn_swish(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            batch_stats or self.training,
+            BN_EPS,
+            self.swish,
+        )
+        if self.training:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, BN_MOMENTUM)
+                self.running_var.lerp_(var, BN_MOMENTUM)
+                self.num_batches_tracked += 1
+        return y
+
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scale, shift) of the normalisation with running statistics."""
+        scale = self.weight * torch.rsqrt(self.running_var + BN_EPS)
+        return scale, self.bias - self.running_mean * scale
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, swish={self.swish}"
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate from the pooled features (hidden width C/16, at least 4) and the 0.1-scaled residual add."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 16, 4)
+        self.reduce = nn.Linear(channels, hidden)
+        self.expand = nn.Linear(hidden, channels)
+
+    def forward(self, skip: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
+        return ops.se_residual(
+            skip, x, self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias, scale
+        )
+
+
+class FactorizedReduce(nn.Module):
+    """Skip path of a downsampling cell: Swish, then four 1x1 stride-2 convolutions on the four pixel phases."""
+
+    PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        quarter = out_channels // 4
+        widths = (quarter, quarter, quarter, out_channels - 3 * quarter)
+        self.conv = nn.ModuleList(WeightNormConv2d(in_channels, w, 1, stride=2) for w in widths)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.silu(x)
+        return torch.cat([conv(x[:, :, i:, j:]) for conv, (i, j) in zip(self.conv, self.PHASES, strict=True)], dim=1)
+
+
+class BilinearUp(nn.Module):
+    """Skip path of an upsampling cell: bilinear x2 (corners aligned), then a 1x1 convolution without bias."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = WeightNormConv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
