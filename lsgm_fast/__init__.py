@@ -15,7 +15,10 @@ __version__ = "0.1.0"
 
 # In a source checkout the Triton kernels lie beside this package, not in it; an installed copy holds them.
 _source_root = Path(__file__).resolve().parent.parent
-if not (_source_root / "lsgm_fast" / "kernels").exists() and (_source_root / "kernels" / "__init__.py").exists():
+if (
+    not (_source_root / "lsgm_fast" / "kernels").exists()
+    and (_source_root / "kernels" / "__init__.py").exists()
+):
     __path__.append(str(_source_root))
 
 _EXPORTS = {
@@ -39,7 +42,17 @@ _EXPORTS = {
     "set_backend": "lsgm_fast.dispatch",
     "use_backend": "lsgm_fast.dispatch",
 }
-_SUBMODULES = ("checkpoints", "config", "dispatch", "models", "ops", "presets", "reference", "sampling", "sde")
+_SUBMODULES = (
+    "checkpoints",
+    "config",
+    "dispatch",
+    "models",
+    "ops",
+    "presets",
+    "reference",
+    "sampling",
+    "sde",
+)
 
 __all__ = [*_EXPORTS, *_SUBMODULES]
 

@@ -111,7 +111,9 @@ def save(model: LSGM, path: str | os.PathLike[str], dtype: torch.dtype | None = 
         ValueError: the model was built from modules of your own, which have no configuration.
     """
     if model.config is None:
-        raise ValueError("only models with a configuration can be saved: save the state_dict() of your own modules")
+        raise ValueError(
+            "only models with a configuration can be saved: save the state_dict() of your own modules"
+        )
     tensors = {}
     for key, value in model.state_dict().items():
         value = value.detach().cpu()
@@ -136,7 +138,9 @@ def convert(
     """
     target = Path(target)
     if target.suffix not in (".safetensors", ".pt"):
-        raise ValueError(f"the target must end in .safetensors (ours) or .pt (published layout), got {target.name!r}")
+        raise ValueError(
+            f"the target must end in .safetensors (ours) or .pt (published layout), got {target.name!r}"
+        )
     model = load(source)
     if target.suffix == ".safetensors":
         save(model, target, dtype)
@@ -187,7 +191,9 @@ def _load_ours(path: Path) -> LSGM:
             try:
                 config = LSGMConfig.from_dict(json.loads(metadata["config"]))
             except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(f"{path} has an invalid configuration in its header: {error}") from error
+                raise CheckpointError(
+                    f"{path} has an invalid configuration in its header: {error}"
+                ) from error
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read, it may be truncated: {error}") from error
@@ -205,10 +211,21 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
             raise CheckpointError(
                 f"{path} was refused: it is damaged, no checkpoint, or holds objects that could run code ({reason})"
             ) from error
-        except (EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            TypeError,
+            zipfile.BadZipFile,
+        ) as error:
             raise CheckpointError(f"{path} cannot be read, it may be truncated: {error}") from error
     if not isinstance(checkpoint, Mapping):
-        raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not the dictionary of an LSGM checkpoint")
+        raise CheckpointError(
+            f"{path} holds a {type(checkpoint).__name__}, not the dictionary of an LSGM checkpoint"
+        )
     return checkpoint
 
 
@@ -243,7 +260,8 @@ def _fill(model: LSGM, state: Mapping[str, torch.Tensor], origin: str) -> None:
             parts.append(f"{len(unexpected)} are unknown ({_some(unexpected)})")
         if wrong:
             shapes = ", ".join(
-                f"{k}: {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}" for k in sorted(wrong)[:3]
+                f"{k}: {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"
+                for k in sorted(wrong)[:3]
             )
             parts.append(f"{len(wrong)} have another shape ({shapes})")
         raise CheckpointError(f"{origin} does not match its own configuration: " + "; ".join(parts))
@@ -382,7 +400,9 @@ def _with_ema(state: dict[str, torch.Tensor], optimizer: Mapping[str, Any] | Non
         if ema is None:
             continue
         if ema.shape != raw.shape:
-            raise CheckpointError(f"the EMA of {key} has shape {tuple(ema.shape)}, the weight {tuple(raw.shape)}")
+            raise CheckpointError(
+                f"the EMA of {key} has shape {tuple(ema.shape)}, the weight {tuple(raw.shape)}"
+            )
         out[key] = ema.to(raw.dtype)
     return out
 
@@ -458,7 +478,9 @@ def _config_from_published(
         sigma2_max=args.get("sigma2_max", 0.99),
         time_eps=args.get("time_eps", 0.01),
     )
-    sampling = SamplingConfig(ode_eps=args.get("eval_ode_eps", 1e-5), tol=args.get("eval_ode_solver_tol", 1e-5))
+    sampling = SamplingConfig(
+        ode_eps=args.get("eval_ode_eps", 1e-5), tol=args.get("eval_ode_solver_tol", 1e-5)
+    )
     return LSGMConfig(vae_config, score_config, sde_config, sampling)
 
 
@@ -557,7 +579,9 @@ def _published_args(config: LSGMConfig) -> dict[str, Any]:
     }
 
 
-def _names(network: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, tuple[str, bool]]:
+def _names(
+    network: nn.Module, state: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, tuple[str, bool]]:
     """Our key -> (published key, whether the published tensor is transposed)."""
     if isinstance(network, NVAE):
         return {key: (name, False) for key, name in _vae_names(network, state).items()}
@@ -641,7 +665,11 @@ def _bnswish2_names(cell: str, state: Mapping[str, torch.Tensor] | None) -> dict
     if state is not None:
         inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
         found_norms = [k.removesuffix(".running_mean") for k in inside if k.endswith(".running_mean")]
-        found_convs = [k.removesuffix(".weight") for k in inside if k.endswith(".weight") and state[prefix + k].dim() == 4]
+        found_convs = [
+            k.removesuffix(".weight")
+            for k in inside
+            if k.endswith(".weight") and state[prefix + k].dim() == 4
+        ]
         if len(found_norms) == len(found_convs) == 2:
             norms = found_norms
             convs = sorted(found_convs, key=lambda k: f"{k}.log_weight_norm" in inside)
@@ -676,17 +704,18 @@ _ATTENTION = {"query": "NIN_0", "key": "NIN_1", "value": "NIN_2", "proj": "NIN_3
 
 def _score_names(network: NCSNpp) -> dict[str, tuple[str, bool]]:
     """The published network is one flat list in the order of the forward pass; this walks ours in that order."""
+    blocks = network.config.blocks_per_level
     order: list[str] = ["time_embedding.linear1", "time_embedding.linear2", "conv_in"]
     for i, down in enumerate(network.down):
-        for j in range(len(down.blocks)):
+        for j in range(blocks):
             order.append(f"down.{i}.blocks.{j}")
-            if len(down.attention) > 0:
+            if down.attention:
                 order.append(f"down.{i}.attention.{j}")
         if down.downsample is not None:
             order.append(f"down.{i}.downsample")
     order += ["mid_block1", "mid_attention", "mid_block2"]
     for i, up in enumerate(network.up):
-        order += [f"up.{i}.blocks.{j}" for j in range(len(up.blocks))]
+        order += [f"up.{i}.blocks.{j}" for j in range(blocks + 1)]
         if up.attention is not None:
             order.append(f"up.{i}.attention")
         if up.upsample is not None:
@@ -708,7 +737,10 @@ def _score_names(network: NCSNpp) -> dict[str, tuple[str, bool]]:
                 if part == "norm":
                     names[f"{name}.{key}"] = (f"{target}.GroupNorm_0.{leaf}", False)
                 else:
-                    names[f"{name}.{key}"] = (f"{target}.{_ATTENTION[part]}.{'W' if leaf == 'weight' else 'b'}", leaf == "weight")
+                    names[f"{name}.{key}"] = (
+                        f"{target}.{_ATTENTION[part]}.{'W' if leaf == 'weight' else 'b'}",
+                        leaf == "weight",
+                    )
         else:
             for key in module.state_dict():
                 names[f"{name}.{key}"] = (f"{target}.{key}", False)

@@ -146,7 +146,7 @@ class VAEConfig(_Config):
         factor = 2 ** (levels - 1)
         _require(
             self.image_size % factor == 0,
-            f"image_size must be a multiple of {factor} (two to the number of resolution levels), got {self.image_size}",
+            f"image_size must be a multiple of {factor} for {levels} resolution levels, got {self.image_size}",
         )
         _require(5 <= self.num_bits <= 8, f"num_bits must be between 5 and 8, got {self.num_bits}")
 
@@ -224,7 +224,8 @@ class LSGMConfig(_Config):
         expected = self.vae.latent_shape
         got = (self.score.latent_channels, self.score.latent_size, self.score.latent_size)
         _require(
-            expected == got, f"the VAE's latent is {expected} but the score network expects {got} (channels, h, w)"
+            expected == got,
+            f"the VAE's latent is {expected} but the score network expects {got} (channels, h, w)",
         )
 
 

@@ -263,6 +263,8 @@ class LSGM(nn.Module):
     ) -> Solution:
         tol = self.sampling.tol if tol is None else tol
         ode_eps = self.sampling.ode_eps if ode_eps is None else ode_eps
+        if not tol > 0.0:
+            raise ValueError(f"tol must be positive, got {tol}")
         if not 0.0 < ode_eps < 1.0:
             raise ValueError(f"ode_eps must be in (0, 1), got {ode_eps}")
         sde = self.sde.with_parity("published") if solver == "scipy" else self.sde
@@ -321,6 +323,8 @@ class LSGM(nn.Module):
             batch_size = DEFAULT_BATCH_SIZE
         elif batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        # Everything the decoder will need is checked before the long part starts.
+        bn = self._statistics(bn)
         expected = [(n, *s) for s in self.lower_shapes]
         if lower_noise is not None and [tuple(e.shape) for e in lower_noise] != expected:
             raise ValueError(f"expected lower_noise {expected}, got {[tuple(e.shape) for e in lower_noise]}")
@@ -386,11 +390,11 @@ class LSGM(nn.Module):
             ValueError: wrong shapes. NonFiniteError: the decoder produced NaN.
             torch.OutOfMemoryError: a single image does not fit, or the batch must not be split.
         """
-        bn = self.sampling.bn if bn is None else bn
-        if bn not in BN_STATISTICS:
-            raise unknown_name("BatchNorm statistics", bn, BN_STATISTICS)
+        bn = self._statistics(bn)
         if z.dim() != 4 or tuple(z.shape[1:]) != self.latent_shape:
-            raise ValueError(f"expected latents (N, {', '.join(map(str, self.latent_shape))}), got {tuple(z.shape)}")
+            raise ValueError(
+                f"expected latents (N, {', '.join(map(str, self.latent_shape))}), got {tuple(z.shape)}"
+            )
         lower = list(lower_noise) if lower_noise is not None else self._draw_lower(z.shape[0], seed, 0)
         images = self._decode_splitting(z, lower, bn, crop)
         if not bool(torch.isfinite(images).all()):
@@ -398,7 +402,15 @@ class LSGM(nn.Module):
             raise NonFiniteError(f"the decoder produced NaN or infinity (from {source})")
         return images
 
-    def _decode_splitting(self, z: torch.Tensor, lower: list[torch.Tensor], bn: str, crop: bool) -> torch.Tensor:
+    def _statistics(self, bn: str | None) -> str:
+        bn = self.sampling.bn if bn is None else bn
+        if bn not in BN_STATISTICS:
+            raise unknown_name("BatchNorm statistics", bn, BN_STATISTICS)
+        return bn
+
+    def _decode_splitting(
+        self, z: torch.Tensor, lower: list[torch.Tensor], bn: str, crop: bool
+    ) -> torch.Tensor:
         try:
             return self.vae.decode(z, lower_noise=lower, bn=bn, crop=crop)
         except torch.OutOfMemoryError:
@@ -468,7 +480,9 @@ class LSGM(nn.Module):
         if iw_mode is None:
             iw_mode = "ll_uniform" if self.sde.name == "sub_vpsde" else "ll_iw"
         if iw_mode not in ("ll_iw", "ll_uniform"):
-            raise unknown_name("likelihood-weighted importance sampling mode", iw_mode, ("ll_iw", "ll_uniform"))
+            raise unknown_name(
+                "likelihood-weighted importance sampling mode", iw_mode, ("ll_iw", "ll_uniform")
+            )
         x = vae.preprocess_images(x)
         n = x.shape[0]
         logits, groups = vae(x, noise, seed)
@@ -477,7 +491,9 @@ class LSGM(nn.Module):
 
         z0 = vae.merge_groups([g.eps for g in groups])
         if diffusion_noise is None:
-            diffusion_noise = random.normal(seed, range(n), "diffusion", self.latent_shape, dtype=z0.dtype, device=z0.device)
+            diffusion_noise = random.normal(
+                seed, range(n), "diffusion", self.latent_shape, dtype=z0.dtype, device=z0.device
+            )
         if rho is None:
             rho = random.uniform(seed, range(n), "time", (), device=z0.device).to(z0.dtype)
         iw = iw_quantities(self.sde, rho, iw_mode)
@@ -485,10 +501,13 @@ class LSGM(nn.Module):
         const = float(self.sde.cross_entropy_const(self.sde.time_eps))
         if not math.isfinite(const):
             raise ValueError(
-                f"{self.sde.name} has zero variance at time_eps={self.sde.time_eps}: the cross entropy needs time_eps > 0"
+                f"{self.sde.name} has zero variance at time_eps={self.sde.time_eps}: "
+                "the cross entropy needs time_eps > 0"
             )
         prediction = self.predict_noise(z_t, iw.t)
-        _, cross_entropy = ops.score_matching_loss(prediction, diffusion_noise, iw.weight_p, iw.weight_q, const)
+        _, cross_entropy = ops.score_matching_loss(
+            prediction, diffusion_noise, iw.weight_p, iw.weight_q, const
+        )
         assert cross_entropy is not None
         prior = cross_entropy.flatten(1).sum(dim=1)
         lower = torch.zeros_like(prior)

@@ -90,7 +90,12 @@ class ResBlock(nn.Module):
     """BigGAN residual block: GN-Swish, resample, conv, time bias, GN-Swish, dropout, conv; ``(x + h) / sqrt(2)``."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, time_width: int, config: ScoreConfig, resample: str | None = None
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_width: int,
+        config: ScoreConfig,
+        resample: str | None = None,
     ) -> None:
         super().__init__()
         self.resample = resample
@@ -140,7 +145,9 @@ class Attention(nn.Module):
 class DownLevel(nn.Module):
     """Residual blocks of one resolution on the way down, each followed by attention where the level has it."""
 
-    def __init__(self, blocks: list[ResBlock], attention: list[Attention], downsample: ResBlock | None) -> None:
+    def __init__(
+        self, blocks: list[ResBlock], attention: list[Attention], downsample: ResBlock | None
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attention = nn.ModuleList(attention)
@@ -150,7 +157,9 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """Residual blocks of one resolution on the way up, attention behind the last where the level has it."""
 
-    def __init__(self, blocks: list[ResBlock], attention: Attention | None, upsample: ResBlock | None) -> None:
+    def __init__(
+        self, blocks: list[ResBlock], attention: Attention | None, upsample: ResBlock | None
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attention = attention
@@ -237,7 +246,7 @@ class NCSNpp(nn.Module):
         for down in self.down:
             for i, block in enumerate(down.blocks):
                 h = block(h, temb)
-                if len(down.attention) > 0:
+                if down.attention:
                     h = down.attention[i](h)
                 skips.append(h)
             if down.downsample is not None:

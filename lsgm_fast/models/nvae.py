@@ -132,7 +132,11 @@ class NVAE(nn.Module):
         """(channels, height, width) of every group."""
         c = self.config
         size = c.latent_shape[1]
-        return [(c.latents_per_group, size << s, size << s) for s in range(c.latent_scales) for _ in range(c.groups_per_scale)]
+        return [
+            (c.latents_per_group, size << s, size << s)
+            for s in range(c.latent_scales)
+            for _ in range(c.groups_per_scale)
+        ]
 
     @property
     def lower_shapes(self) -> list[tuple[int, int, int]]:
@@ -152,9 +156,13 @@ class NVAE(nn.Module):
         sizes = [(s, s) for s in sorted({natural, c.image_size})]
         if images.dim() != 4 or images.shape[1] != c.image_channels or tuple(images.shape[2:]) not in sizes:
             expected = " or ".join(f"(N, {c.image_channels}, {s}, {s})" for s, _ in sizes)
-            raise ValueError(f"expected images {expected}, got {tuple(images.shape)}: resize them or load another model")
+            raise ValueError(
+                f"expected images {expected}, got {tuple(images.shape)}: resize them or load another model"
+            )
         if not images.is_floating_point():
-            raise ValueError(f"expected floating-point images in [0, 1], got {images.dtype}: divide 8-bit images by 255")
+            raise ValueError(
+                f"expected floating-point images in [0, 1], got {images.dtype}: divide 8-bit images by 255"
+            )
         if images.numel():
             low, high = (float(v) for v in images.aminmax())
             # Written so that NaN fails too.
@@ -174,7 +182,11 @@ class NVAE(nn.Module):
     # -- encoder and decoder ------------------------------------------------------------------------------------
 
     def forward(
-        self, x: torch.Tensor, noise: Sequence[torch.Tensor] | None = None, seed: int = 0, batch_stats: bool = False
+        self,
+        x: torch.Tensor,
+        noise: Sequence[torch.Tensor] | None = None,
+        seed: int = 0,
+        batch_stats: bool = False,
     ) -> tuple[torch.Tensor, list[LatentGroup]]:
         """Encode ``x`` and decode the draw.
 
@@ -191,7 +203,11 @@ class NVAE(nn.Module):
             return self._logits(state, batch_stats), groups
 
     def encode(
-        self, x: torch.Tensor, noise: Sequence[torch.Tensor] | None = None, seed: int = 0, batch_stats: bool = False
+        self,
+        x: torch.Tensor,
+        noise: Sequence[torch.Tensor] | None = None,
+        seed: int = 0,
+        batch_stats: bool = False,
     ) -> list[LatentGroup]:
         """The posterior groups alone; arguments as in :meth:`forward`."""
         with normalized_weights(self._all_convs):
@@ -204,7 +220,7 @@ class NVAE(nn.Module):
 
         Args:
             z: (N, *latent_shape), the groups of the lowest resolution concatenated on channels.
-            lower_noise: latents of the remaining groups, shapes (N, *lower_shapes[i]); may be left out if there are none.
+            lower_noise: latents of the remaining groups, each (N, *lower_shapes[i]); may be left out if there are none.
         """
         groups = self.split_groups(z) + self._lower(lower_noise, z)
         with normalized_weights(self._decoder_convs):
@@ -248,7 +264,9 @@ class NVAE(nn.Module):
     def split_groups(self, z: torch.Tensor) -> list[torch.Tensor]:
         """(N, *latent_shape) -> its groups, in decoder order."""
         if z.dim() != 4 or tuple(z.shape[1:]) != self.latent_shape:
-            raise ValueError(f"expected latents (N, {', '.join(map(str, self.latent_shape))}), got {tuple(z.shape)}")
+            raise ValueError(
+                f"expected latents (N, {', '.join(map(str, self.latent_shape))}), got {tuple(z.shape)}"
+            )
         return list(z.chunk(self.config.groups_per_scale, dim=1))
 
     def merge_groups(self, groups: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -258,7 +276,9 @@ class NVAE(nn.Module):
     def _lower(self, lower_noise: Sequence[torch.Tensor] | None, z: torch.Tensor) -> list[torch.Tensor]:
         given, expected = list(lower_noise or ()), [(z.shape[0], *s) for s in self.lower_shapes]
         if [tuple(n.shape) for n in given] != expected:
-            raise ValueError(f"expected lower_noise of shapes {expected}, got {[tuple(n.shape) for n in given]}")
+            raise ValueError(
+                f"expected lower_noise of shapes {expected}, got {[tuple(n.shape) for n in given]}"
+            )
         return given
 
     def _group_noise(

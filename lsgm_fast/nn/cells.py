@@ -87,7 +87,11 @@ class MBConvBranch(nn.Module):
             x = self.depthwise_norm(x, batch_stats)
         else:
             x = ops.depthwise_bn_swish(
-                x, self.depthwise.weight, self.stride, *self.expand_norm.affine(), *self.depthwise_norm.affine()
+                x,
+                self.depthwise.weight,
+                self.stride,
+                *self.expand_norm.affine(),
+                *self.depthwise_norm.affine(),
             )
         return self.project_norm(self.project(x), batch_stats)
 
@@ -119,7 +123,9 @@ class Cell(nn.Module):
             self.skip = nn.Identity()
         self.branch: nn.Module
         if kind.startswith("mconv_e"):
-            self.branch = MBConvBranch(in_channels, out_channels, stride, up, int(kind.removeprefix("mconv_e")))
+            self.branch = MBConvBranch(
+                in_channels, out_channels, stride, up, int(kind.removeprefix("mconv_e"))
+            )
         else:
             branch = BNSwish2Branch if kind == "res_bnswish2" else BNSwishBranch
             self.branch = branch(in_channels, out_channels, stride, up)
@@ -170,7 +176,9 @@ def autoregressive_mask(
     groups = min(out_channels, in_channels)
     order_out = torch.arange(out_channels) // (out_channels // groups)
     order_in = torch.arange(in_channels) // (in_channels // groups)
-    visible = order_in[None, :] < order_out[:, None] if exclude_self else order_in[None, :] <= order_out[:, None]
+    visible = (
+        order_in[None, :] < order_out[:, None] if exclude_self else order_in[None, :] <= order_out[:, None]
+    )
     mask[:, :, centre, centre] = visible.to(mask.dtype)
     return mask.flip((2, 3)) if mirror else mask
 

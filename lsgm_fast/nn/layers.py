@@ -23,7 +23,13 @@ class WeightNormConv2d(nn.Conv2d):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = True, groups: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        bias: bool = True,
+        groups: int = 1,
     ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias, groups=groups
@@ -131,7 +137,9 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.silu(x)
-        return torch.cat([conv(x[:, :, i:, j:]) for conv, (i, j) in zip(self.conv, self.PHASES, strict=True)], dim=1)
+        return torch.cat(
+            [conv(x[:, :, i:, j:]) for conv, (i, j) in zip(self.conv, self.PHASES, strict=True)], dim=1
+        )
 
 
 class BilinearUp(nn.Module):

@@ -24,4 +24,6 @@ def per_sample(name: str, x: torch.Tensor, **scalars: torch.Tensor | float) -> N
 def mixing_logit(name: str, x: torch.Tensor, logit: torch.Tensor | None) -> None:
     """The mixing logit must be (1, C, 1, ...) for ``x`` (B, C, ...), or None."""
     if logit is not None and (x.dim() < 2 or logit.shape != (1, x.shape[1], *([1] * (x.dim() - 2)))):
-        raise ValueError(f"{name}: mixing_logit must be (1, C, 1, 1) for x {tuple(x.shape)}, got {tuple(logit.shape)}")
+        raise ValueError(
+            f"{name}: mixing_logit must be (1, C, 1, 1) for x {tuple(x.shape)}, got {tuple(logit.shape)}"
+        )

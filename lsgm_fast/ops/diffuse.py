@@ -11,7 +11,12 @@ from lsgm_fast.ops import _checks
 
 @define_op(reference.diffuse)
 def diffuse(
-    z0: torch.Tensor, noise: torch.Tensor, m: torch.Tensor | float, var: torch.Tensor | float, *, backend: str | None = None
+    z0: torch.Tensor,
+    noise: torch.Tensor,
+    m: torch.Tensor | float,
+    var: torch.Tensor | float,
+    *,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """``z_t = m z_0 + sqrt(var) noise``, a draw from q(z_t | z_0).
 

@@ -10,7 +10,9 @@ from lsgm_fast.errors import unknown_name
 
 
 @define_op(reference.fir_resample)
-def fir_resample(x: torch.Tensor, direction: str, fir: bool = True, *, backend: str | None = None) -> torch.Tensor:
+def fir_resample(
+    x: torch.Tensor, direction: str, fir: bool = True, *, backend: str | None = None
+) -> torch.Tensor:
     """Resample by two in height and width.
 
     With ``fir``: ``down`` convolves with ``outer(k, k) / 64``, k = [1, 3, 3, 1], zero padding 1, stride 2; ``up``

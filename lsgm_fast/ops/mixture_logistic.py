@@ -37,7 +37,9 @@ def mixture_logistic_log_prob(
     """
     _check_logits(logits)
     if x.dim() != 4 or x.shape[1] != 3 or (x.shape[0], *x.shape[2:]) != (logits.shape[0], *logits.shape[2:]):
-        raise ValueError(f"expected x (N, 3, H, W) to match logits {tuple(logits.shape)}, got {tuple(x.shape)}")
+        raise ValueError(
+            f"expected x (N, 3, H, W) to match logits {tuple(logits.shape)}, got {tuple(x.shape)}"
+        )
 
 
 @define_op(reference.mixture_logistic_mean)

@@ -32,6 +32,8 @@ def multistep_update(
         ValueError: shapes do not match, or not one coefficient per history entry.
     """
     if len(history) != len(coefficients):
-        raise ValueError(f"multistep_update got {len(history)} history entries and {len(coefficients)} coefficients")
+        raise ValueError(
+            f"multistep_update got {len(history)} history entries and {len(coefficients)} coefficients"
+        )
     for h in history:
         _checks.same_shape("multistep_update", y=y, history=h)

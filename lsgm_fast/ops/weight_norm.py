@@ -37,5 +37,6 @@ def weight_norm(
     for w, g in zip(weights, log_norms, strict=True):
         if w.dim() != 4 or g.shape != (w.shape[0], 1, 1, 1):
             raise ValueError(
-                f"weight_norm expects (C_out, C_in, K, K) and (C_out, 1, 1, 1), got {tuple(w.shape)} and {tuple(g.shape)}"
+                "weight_norm expects (C_out, C_in, K, K) and (C_out, 1, 1, 1), "
+                f"got {tuple(w.shape)} and {tuple(g.shape)}"
             )
