@@ -14,11 +14,10 @@ import json
 import os
 import pickle
 import re
-import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import nn
 
 from lsgm_fast.config import LSGMConfig, SamplingConfig, ScoreConfig, SDEConfig, VAEConfig
 from lsgm_fast.errors import CheckpointError
+from lsgm_fast.files import atomic_path
 from lsgm_fast.models.lsgm import LSGM
 from lsgm_fast.models.ncsnpp import Attention, NCSNpp, ResBlock
 from lsgm_fast.models.nvae import NVAE
@@ -122,7 +122,8 @@ def save(model: LSGM, path: str | os.PathLike[str], dtype: torch.dtype | None = 
         # A copy of its own: safetensors refuses tensors that share memory.
         tensors[key] = value.clone().contiguous()
     metadata = {"format": FORMAT, "version": FORMAT_VERSION, "config": json.dumps(model.config.to_dict())}
-    _write_atomically(path, lambda target: save_file(tensors, target, metadata=metadata))
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def convert(
@@ -146,7 +147,8 @@ def convert(
         save(model, target, dtype)
     else:
         checkpoint = to_published(model, dtype)
-        _write_atomically(target, lambda path: torch.save(checkpoint, path))
+        with atomic_path(target) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
@@ -282,25 +284,6 @@ def _fill(model: LSGM, state: Mapping[str, torch.Tensor], origin: str) -> None:
 def _some(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-
-
-def _write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give a file name")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist: create it first")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # -- the published layout -------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
-from lsgm_fast import env
+from lsgm_fast import env, selftest
 from lsgm_fast.errors import BackendUnsupported, unknown_name
 
 P = ParamSpec("P")
@@ -40,7 +40,7 @@ CHOICES = ("auto", *BACKENDS)
 REGISTRY: dict[str, Op[Any, Any]] = {}
 
 
-def _always(*args: Any, **kwargs: Any) -> list[str]:
+def _no_reasons(*args: Any, **kwargs: Any) -> list[str]:
     return []
 
 
@@ -48,14 +48,19 @@ def _always(*args: Any, **kwargs: Any) -> list[str]:
 class Impl:
     """One implementation of an operation.
 
-    ``reasons`` takes the operation's arguments and returns why it cannot run them (empty: it can).
-    ``auto`` tries higher ``priority`` first.
+    ``reasons`` takes the operation's arguments and returns why it cannot run them (empty: it can); ``auto_reasons``
+    why ``auto`` would rather not, though it could (smaller than the measured break-even). ``auto`` tries higher
+    ``priority`` first, and a ``self_tested`` implementation only once it has proved itself on the device.
+    ``tolerance``: its error against float64 stays below this many times that of plain PyTorch in the same dtype.
     """
 
     backend: str
     fn: Callable[..., Any]
-    reasons: Callable[..., list[str]] = _always
+    reasons: Callable[..., list[str]] = _no_reasons
+    auto_reasons: Callable[..., list[str]] = _no_reasons
     priority: int = 0
+    self_tested: bool = False
+    tolerance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,12 +116,16 @@ class Decision:
     chosen: str | None
     candidates: tuple[tuple[str, tuple[str, ...]], ...]
     inputs: str
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.op}({self.inputs})", f"  requested: {self.requested}"]
         for backend, reasons in self.candidates:
             mark = "->" if backend == self.chosen else "  "
-            lines.append(f"  {mark} {backend:<10} {'; '.join(reasons) if reasons else 'can run'}")
+            text = "; ".join(reasons) if reasons else "can run"
+            if backend in self.notes:
+                text += f" ({self.notes[backend]})"
+            lines.append(f"  {mark} {backend:<10} {text}")
         if self.chosen is None:
             lines.append("  nothing can run: a named backend never falls back")
         return "\n".join(lines)
@@ -130,6 +139,16 @@ def _describe(value: Any) -> str:
     if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
         return f"[{len(value)} tensors]"
     return repr(value)
+
+
+def _first_device(args: tuple[Any, ...]) -> torch.device:
+    """Device of the first tensor among the arguments (tensors in lists included)."""
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            return value.device
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            return value[0].device
+    return torch.device("cpu")
 
 
 class Op(Generic[P, R]):
@@ -154,6 +173,14 @@ class Op(Generic[P, R]):
             raise ValueError(f"{self.name}: backend {impl.backend!r} is registered already")
         self._impls[impl.backend] = impl
         self._order = tuple(sorted(self._impls.values(), key=lambda i: -i.priority))
+
+    def impl(self, backend: str) -> Impl:
+        """The implementation registered for ``backend``; an unregistered one raises ``BackendUnsupported``."""
+        if backend not in self._impls:
+            raise BackendUnsupported(
+                f"{self.name} has no {backend!r} implementation: it has {', '.join(self.backends())}"
+            )
+        return self._impls[backend]
 
     def backends(self) -> list[str]:
         """Registered backends, in the order in which ``auto`` tries them."""
@@ -190,31 +217,38 @@ class Op(Generic[P, R]):
 
     def _select(self, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str | None) -> Impl:
         requested, strict = self._requested(backend)
-        if requested != "auto":
-            impl = self._impls.get(requested)
-            if impl is not None:
-                why = impl.reasons(*args, **kwargs)
-                if why:
-                    raise BackendUnsupported(str(self._decide(args, kwargs, requested)))
-                return impl
-            if strict:
-                raise BackendUnsupported(
-                    f"{self.name} has no {requested!r} implementation: it has {', '.join(self.backends())}"
-                )
+        if requested != "auto" and (strict or requested in self._impls):
+            impl = self.impl(requested)
+            if impl.reasons(*args, **kwargs):
+                raise BackendUnsupported(str(self._decide(args, kwargs, requested)))
+            return impl
         for impl in self._order:
-            if not impl.reasons(*args, **kwargs):
-                return impl
+            if impl.reasons(*args, **kwargs) or impl.auto_reasons(*args, **kwargs):
+                continue
+            if impl.self_tested:
+                device = _first_device(args)
+                if selftest.problem(self.name, impl.backend, device.type, device.index) is not None:
+                    continue
+            return impl
         raise AssertionError(f"{self.name}: the reference must accept every input")
 
     def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any], requested: str) -> Decision:
-        candidates = tuple((i.backend, tuple(i.reasons(*args, **kwargs))) for i in self._order)
-        runnable = [name for name, why in candidates if not why]
-        if requested == "auto" or requested not in self._impls:
-            chosen: str | None = runnable[0]
-        else:
-            chosen = requested if requested in runnable else None
+        automatic = requested == "auto" or requested not in self._impls
+        candidates, notes, chosen = [], {}, None
+        for impl in self._order:
+            why = list(impl.reasons(*args, **kwargs))
+            if automatic:
+                why += impl.auto_reasons(*args, **kwargs)
+            if impl.self_tested and not why:
+                state, failure = selftest.known(self.name, impl.backend, _first_device(args))
+                notes[impl.backend] = state
+                if failure is not None and automatic:
+                    why.append(failure)
+            candidates.append((impl.backend, tuple(why)))
+            if chosen is None and not why and (automatic or impl.backend == requested):
+                chosen = impl.backend
         described = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
-        return Decision(self.name, requested, chosen, candidates, ", ".join(described))
+        return Decision(self.name, requested, chosen, tuple(candidates), ", ".join(described), notes)
 
 
 def define_op(reference: Callable[..., R]) -> Callable[[Callable[P, Any]], Op[P, R]]:

@@ -1,23 +1,44 @@
 """Every environment variable that lsgm_fast reads, parsed in one place.
 
-=====================  ==============================================================================
-``LSGM_FAST_BACKEND``  Which implementation runs, as for :func:`lsgm_fast.use_backend`: one backend,
+====================== ==============================================================================
+``LSGM_FAST_BACKEND``   Which implementation runs, as for :func:`lsgm_fast.use_backend`: one backend,
                        exceptions per operation, or both, separated by commas:
                        ``triton`` or ``group_norm_swish=reference`` or ``triton,group_norm_swish=reference``.
-=====================  ==============================================================================
+``LSGM_FAST_SELFTEST`` ``0``: ``auto`` uses fused kernels without comparing them with the reference first.
+``LSGM_FAST_CACHE``    Folder of self-test verdicts and compiled kernels; default ``lsgm_fast`` in the cache folder.
+====================== ==============================================================================
+
+``LSGM_FAST_LIBRARY_PATH`` is the folder that the compiled libraries are loaded from, instead of the package's own.
+
+``setup.py`` reads three more, when lsgm_fast is installed from its sources:
+
+* ``LSGM_FAST_BUILD``: ``auto`` (the default: compile what the compilers at hand allow, and go without where that
+  fails), ``none``, ``cpu`` or ``cuda`` (these two fail where they cannot be had; ``cuda`` includes ``cpu``).
+* ``LSGM_FAST_CUDA_ARCHS``: GPU architectures, as in ``8.0;9.0+PTX``; by default 8.0, 8.6, 8.9 and 9.0+PTX.
+* ``LSGM_FAST_TORCH``: folder of the torch package whose headers are used, where ``setup.py`` finds none or another.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from lsgm_fast.errors import unknown_name
 
 BACKEND = "LSGM_FAST_BACKEND"
+SELFTEST = "LSGM_FAST_SELFTEST"
+CACHE = "LSGM_FAST_CACHE"
+LIBRARY_PATH = "LSGM_FAST_LIBRARY_PATH"
 
 VARIABLES = {
     BACKEND: "backend for all operations, or per operation: `triton` or `triton,group_norm_swish=reference`",
+    SELFTEST: "`0`: let `auto` use fused kernels without comparing them with the reference first",
+    CACHE: "folder of self-test verdicts and compiled kernels (default: `lsgm_fast` in the user's cache folder)",
+    LIBRARY_PATH: "folder that the compiled libraries are loaded from, instead of the package's own",
+    "LSGM_FAST_BUILD": "at installation: `auto`, `none`, `cpu` or `cuda`, what to compile",
+    "LSGM_FAST_CUDA_ARCHS": "at installation: GPU architectures to compile for, as in `8.0;9.0+PTX`",
+    "LSGM_FAST_TORCH": "at installation: folder of the torch package whose headers are used",
 }
 
 
@@ -73,6 +94,32 @@ def backend_from_env(
         return parse_backend_spec(spec, valid_backends, valid_ops)
     except ValueError as error:
         raise ValueError(f"environment variable {BACKEND}={spec!r}: {error}") from None
+
+
+def selftest_enabled(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether fused kernels prove themselves before ``auto`` uses them.
+
+    Raises:
+        ValueError: ``LSGM_FAST_SELFTEST`` is neither 0 nor 1.
+    """
+    value = (os.environ if environ is None else environ).get(SELFTEST, "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"environment variable {SELFTEST}={value!r}: expected 0 or 1")
+    return value == "1"
+
+
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Folder for what can be recomputed; not created here."""
+    source = os.environ if environ is None else environ
+    if source.get(CACHE):
+        return Path(source[CACHE])
+    return Path(source.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsgm_fast"
+
+
+def library_path(environ: Mapping[str, str] | None = None) -> Path | None:
+    """``LSGM_FAST_LIBRARY_PATH``; None where it is unset or empty."""
+    value = (os.environ if environ is None else environ).get(LIBRARY_PATH)
+    return Path(value) if value else None
 
 
 def variables_set(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -5,16 +5,14 @@ Images come in as (N, C, H, W), float, values in [0, 1], with C = 1 (grey) or 3 
 
 from __future__ import annotations
 
-import os
-import secrets
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from lsgm_fast.files import atomic_path
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -99,7 +97,7 @@ def save_png(path: str | Path, image: UInt8Array) -> None:
     if image.ndim != 3 or image.shape[2] not in (1, 3):
         raise ValueError(f"expected an image of shape (H, W, 1 or 3), got {tuple(image.shape)}")
     picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, make_folders=True) as temporary:
         picture.save(temporary, format="PNG")
 
 
@@ -115,25 +113,8 @@ def save_individual(folder: str | Path, images: UInt8Array, *, start: int = 0) -
 
 def save_npz(path: str | Path, images: UInt8Array) -> None:
     """Write (N, H, W, C) uint8 images as one array named ``arr_0``, which common FID tools read as it is."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path, make_folders=True) as temporary, open(temporary, "wb") as file:
         np.savez(file, images)
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` (same extension) that becomes ``path`` if the block ends without an exception.
-
-    Missing folders are created. On any exception, Ctrl-C included, the temporary file is removed and an older file at
-    ``path`` stays as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def require_writable(path: str | Path, *, folder: bool = False) -> None:

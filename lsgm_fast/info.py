@@ -48,7 +48,7 @@ def collect(*, initialise_cuda: bool = False) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "triton": _triton(),
-        "cpu": {"model": _cpu_model(), "logical_cores": os.cpu_count()},
+        "cpu": {"model": cpu_model(), "logical_cores": os.cpu_count()},
         "cuda": _cuda_devices(initialise_cuda),
         "environment": env.variables_set(),
         "backends": list(dispatch.BACKENDS),
@@ -107,7 +107,8 @@ def _triton() -> dict[str, str | None]:
         return {"version": None, "why_not": f"{type(error).__name__}: {error}"}
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:

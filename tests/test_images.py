@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lsgm_fast import images
+from lsgm_fast.files import atomic_path
 
 
 def gradient(n: int, channels: int = 1, size: int = 4) -> np.ndarray:
@@ -130,7 +131,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, error):
     target.write_bytes(b"old")
 
     def write() -> None:
-        with images.atomic_path(target) as temporary:
+        with atomic_path(target) as temporary:
             temporary.write_bytes(b"half of the n")
             raise error
 
@@ -142,7 +143,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, error):
 
 def test_atomic_path_keeps_the_extension_and_folder(tmp_path):
     target = tmp_path / "a.tar.npz"
-    with images.atomic_path(target) as temporary:
+    with atomic_path(target) as temporary:
         assert temporary.parent == tmp_path
         assert temporary.suffix == ".npz"
         assert not target.exists()

@@ -123,6 +123,12 @@ class LSGM(nn.Module):
         return parameter.device if parameter is not None else torch.device("cpu")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first parameter (float32 if there is none), in which the networks are called."""
+        parameter = next(self.parameters(), None)
+        return parameter.dtype if parameter is not None else torch.float32
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the latent that the prior models."""
         return tuple(self.vae.latent_shape)  # type: ignore[return-value]
@@ -147,20 +153,26 @@ class LSGM(nn.Module):
             )
         return self.prior
 
+    def _predict(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The network's output, in its own dtype whatever that of the state."""
+        return self._network()(z.to(self.dtype), t.to(self.dtype))
+
     def predict_noise(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Mixed noise prediction ``(1 - a) r z + a eps_theta(z, t)`` for t of shape (B,) or 0-d."""
-        eps = self._network()(z, t)
+        eps = self._predict(z, t)
         return ops.mixed_score(eps, z, self.mixing_logit, self.sde.mixed_r(t))
 
     def drift(self, z: torch.Tensor, t: torch.Tensor, sde: SDE | None = None) -> torch.Tensor:
-        """Drift dz/dt of the probability-flow ODE at z (any floating dtype; the result has it too)."""
+        """Drift dz/dt of the probability-flow ODE at z (any floating dtype; the result has it too).
+
+        t is 0-d or (B,). A 0-d t may stay on the CPU: the SDE's coefficients are then computed there and reach the
+        device as scalars.
+        """
         sde = sde or self.sde
         if sde.parity == "published":
             # The published solver hands the network and the SDE a float32 state.
             z = z.to(torch.float32)
-        parameter = next(self.parameters(), None)
-        network_dtype = parameter.dtype if parameter is not None else torch.float32
-        eps = self._network()(z.to(network_dtype), t.to(network_dtype).expand(z.shape[0]))
+        eps = self._predict(z, t.to(z.device).expand(z.shape[0]))
         p, q, r = sde.drift_coefficients(t)
         return ops.score_drift(eps, z, self.mixing_logit, p, q, r)
 
@@ -205,7 +217,7 @@ class LSGM(nn.Module):
             ValueError: unknown solver, wrong shapes, a device without float64, evaluations for an adaptive solver.
             NonFiniteError: the network produced NaN or infinity (step and t are named).
         """
-        network = self._network()
+        self._network()
         solvers = (*SOLVERS, "ancestral")
         if solver not in solvers:
             raise unknown_name("solver", solver, solvers)
@@ -217,7 +229,9 @@ class LSGM(nn.Module):
         indices = range(first_index, first_index + n)
         device = self.device
         if noise is None:
-            noise = random.normal(seed, indices, "prior", self.latent_shape, device=device)
+            # Half precision is for the networks; the state keeps at least float32.
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            noise = random.normal(seed, indices, "prior", self.latent_shape, dtype=dtype, device=device)
         elif tuple(noise.shape) != (n, *self.latent_shape):
             raise ValueError(f"expected noise {(n, *self.latent_shape)}, got {tuple(noise.shape)}")
         z1 = noise.to(device) * (self.sde.prior_std * temperature)
@@ -226,7 +240,7 @@ class LSGM(nn.Module):
             start = time.perf_counter()
             if solver == "ancestral":
                 solution = sample_ancestral(
-                    network,
+                    self._predict,
                     z1,
                     sde=self.sde,
                     mixing_logit=self.mixing_logit,
@@ -269,7 +283,7 @@ class LSGM(nn.Module):
             raise ValueError(f"ode_eps must be in (0, 1), got {ode_eps}")
         sde = self.sde.with_parity("published") if solver == "scipy" else self.sde
         return solve_ode(
-            lambda t, z: self.drift(z, torch.tensor(t, dtype=torch.float64, device="cpu").to(z.device), sde),
+            lambda t, z: self.drift(z, torch.tensor(t, dtype=torch.float64, device="cpu"), sde),
             z1,
             t_end=ode_eps,
             solver=solver,
@@ -396,7 +410,7 @@ class LSGM(nn.Module):
                 f"expected latents (N, {', '.join(map(str, self.latent_shape))}), got {tuple(z.shape)}"
             )
         lower = list(lower_noise) if lower_noise is not None else self._draw_lower(z.shape[0], seed, 0)
-        images = self._decode_splitting(z, lower, bn, crop)
+        images = self._decode_splitting(z.to(self.dtype), [e.to(self.dtype) for e in lower], bn, crop)
         if not bool(torch.isfinite(images).all()):
             source = "its input" if not bool(torch.isfinite(z).all()) else "its own activations"
             raise NonFiniteError(f"the decoder produced NaN or infinity (from {source})")
@@ -444,7 +458,7 @@ class LSGM(nn.Module):
             ValueError: images of the wrong size, channel count or range; noise of the wrong shapes.
         """
         if isinstance(self.vae, NVAE):
-            return self.vae.encode(self.vae.preprocess_images(x), noise, seed)
+            return self.vae.encode(self.vae.preprocess_images(x).to(self.dtype), noise, seed)
         encode = getattr(self.vae, "encode", None)
         if encode is None:
             raise TypeError(f"{type(self.vae).__name__} has no encode()")
@@ -483,7 +497,7 @@ class LSGM(nn.Module):
             raise unknown_name(
                 "likelihood-weighted importance sampling mode", iw_mode, ("ll_iw", "ll_uniform")
             )
-        x = vae.preprocess_images(x)
+        x = vae.preprocess_images(x).to(self.dtype)
         n = x.shape[0]
         logits, groups = vae(x, noise, seed)
         reconstruction = vae.reconstruction_loss(logits, x)

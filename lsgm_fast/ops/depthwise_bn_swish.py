@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
+from lsgm_fast.reference.depthwise_bn_swish import depthwise_bn_swish as reference
 
 
-@define_op(reference.depthwise_bn_swish)
+@define_op(reference)
 def depthwise_bn_swish(
     x: torch.Tensor,
     weight: torch.Tensor,

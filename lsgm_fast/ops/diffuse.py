@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
 from lsgm_fast.ops import _checks
+from lsgm_fast.reference.diffuse import diffuse as reference
 
 
-@define_op(reference.diffuse)
+@define_op(reference)
 def diffuse(
     z0: torch.Tensor,
     noise: torch.Tensor,

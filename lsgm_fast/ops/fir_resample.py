@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
 from lsgm_fast.errors import unknown_name
+from lsgm_fast.reference.fir_resample import fir_resample as reference
 
 
-@define_op(reference.fir_resample)
+@define_op(reference)
 def fir_resample(
     x: torch.Tensor, direction: str, fir: bool = True, *, backend: str | None = None
 ) -> torch.Tensor:

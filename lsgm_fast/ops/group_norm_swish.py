@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
+from lsgm_fast.reference.group_norm_swish import group_norm_swish as reference
 
 
-@define_op(reference.group_norm_swish)
+@define_op(reference)
 def group_norm_swish(
     x: torch.Tensor,
     weight: torch.Tensor,

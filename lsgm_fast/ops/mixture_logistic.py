@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
+from lsgm_fast.reference.mixture_logistic import mixture_logistic_log_prob as reference_log_prob
+from lsgm_fast.reference.mixture_logistic import mixture_logistic_mean as reference_mean
 
 
 def _check_logits(logits: torch.Tensor) -> None:
@@ -13,7 +14,7 @@ def _check_logits(logits: torch.Tensor) -> None:
         raise ValueError(f"expected logits (N, 10 K, H, W) for K mixtures, got {tuple(logits.shape)}")
 
 
-@define_op(reference.mixture_logistic_log_prob)
+@define_op(reference_log_prob)
 def mixture_logistic_log_prob(
     x: torch.Tensor, logits: torch.Tensor, num_bits: int = 8, *, backend: str | None = None
 ) -> torch.Tensor:
@@ -42,7 +43,7 @@ def mixture_logistic_log_prob(
         )
 
 
-@define_op(reference.mixture_logistic_mean)
+@define_op(reference_mean)
 def mixture_logistic_mean(logits: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
     """The published "mean" of the mixture: probability-weighted means and coefficients, colours clamped in turn.
 

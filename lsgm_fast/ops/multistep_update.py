@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
 from lsgm_fast.ops import _checks
+from lsgm_fast.reference.multistep_update import multistep_update as reference
 
 
-@define_op(reference.multistep_update)
+@define_op(reference)
 def multistep_update(
     y: torch.Tensor,
     c_y: float | torch.Tensor,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
+from lsgm_fast.reference.philox_normal import philox_normal as reference
 
 
-@define_op(reference.philox_normal)
+@define_op(reference)
 def philox_normal(
     seed: int,
     sample_indices: torch.Tensor | Sequence[int],
@@ -29,8 +29,9 @@ def philox_normal(
     ``u1 = x0 2^-32 + 2^-33``, ``u2 = x1 2^-32``, ``(cos, sin)(2 pi u2) * sqrt(-2 ln u1)``.
 
     Args:
-        seed: 0 to 2^64 - 1. sample_indices: (N,) integers. stream: a name (hashed) or a 32-bit integer.
-        shape: of one sample.
+        seed: 0 to 2^64 - 1. sample_indices: (N,) integers, 0 to 2^32 - 1. stream: a name (hashed) or a 32-bit integer.
+        shape: of one sample. dtype: of the result. device: where to compute. substream: a further 32-bit counter
+            word, such as a step number.
 
     Returns:
         (N, *shape). Integers are bit-equal on every backend; normals agree to the last bits of log and cos.

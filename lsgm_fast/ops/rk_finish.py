@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
+from lsgm_fast.reference.rk_finish import rk_finish as reference
 
 
-@define_op(reference.rk_finish)
+@define_op(reference)
 def rk_finish(
     y: torch.Tensor,
     k: torch.Tensor,

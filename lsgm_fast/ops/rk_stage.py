@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
+from lsgm_fast.reference.rk_stage import rk_stage as reference
 
 
-@define_op(reference.rk_stage)
+@define_op(reference)
 def rk_stage(
     y: torch.Tensor, k: torch.Tensor, a: Sequence[float], h: float, *, backend: str | None = None
 ) -> torch.Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
 from lsgm_fast.ops import _checks
+from lsgm_fast.reference.score_drift import score_drift as reference
 
 
-@define_op(reference.score_drift)
+@define_op(reference)
 def score_drift(
     eps: torch.Tensor,
     z: torch.Tensor,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
 from lsgm_fast.ops import _checks
+from lsgm_fast.reference.score_matching_loss import score_matching_loss as reference
 
 
-@define_op(reference.score_matching_loss)
+@define_op(reference)
 def score_matching_loss(
     pred: torch.Tensor,
     noise: torch.Tensor,

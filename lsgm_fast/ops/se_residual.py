@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
+from lsgm_fast.reference.se_residual import se_residual as reference
 
 
-@define_op(reference.se_residual)
+@define_op(reference)
 def se_residual(
     skip: torch.Tensor,
     x: torch.Tensor,

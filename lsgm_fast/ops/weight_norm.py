@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from lsgm_fast import reference
 from lsgm_fast.dispatch import define_op
+from lsgm_fast.reference.weight_norm import weight_norm as reference
 
 
-@define_op(reference.weight_norm)
+@define_op(reference)
 def weight_norm(
     weights: Sequence[torch.Tensor],
     log_norms: Sequence[torch.Tensor],

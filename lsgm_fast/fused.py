@@ -1,0 +1,163 @@
+"""Registers an operation's fused kernels: one ``torch.library`` operator per backend, and its :class:`Impl`.
+
+Called once per operation, from ``ops/<op>.py``, which is the one place for schema, tags, fakes, autograd and limits.
+The kernels themselves are found by the operation's name: C++ registers ``<op>_cpu`` / ``<op>_cuda`` when its library is
+loaded, Triton functions ``forward`` / ``backward`` are taken from ``lsgm_fast.kernels.<op>`` at the first call.
+
+Autocast: no rule is registered, so an operator sees its inputs as they are and its result's dtype follows the
+reference's rule, with or without autocast.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lsgm_fast import native
+from lsgm_fast.dispatch import Impl, Op
+
+NAMESPACE = "lsgm_fast"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The backward operator of a fused kernel.
+
+    ``schema`` and ``fake`` as for the forward; ``save(ctx, inputs, output)`` keeps what it needs;
+    ``gradients(ctx, call, *grads)`` returns one gradient (or None) per forward input, ``call`` being the operator.
+    """
+
+    schema: str
+    fake: Callable[..., Any]
+    save: Callable[..., None]
+    gradients: Callable[..., Sequence[torch.Tensor | None]]
+
+
+def register(
+    op: Op[Any, Any],
+    *,
+    schema: str,
+    fake: Callable[..., Any],
+    prepare: Callable[..., tuple[Any, ...]],
+    reasons: Callable[..., list[str]],
+    priorities: dict[str, int],
+    backward: Backward | None = None,
+    auto_reasons: dict[str, Callable[..., list[str]]] | None = None,
+    tolerance: float = 4.0,
+) -> None:
+    """Register the fused implementations of ``op``.
+
+    Args:
+        schema: arguments and results, ``"(Tensor a, ...) -> Tensor"``. fake: shapes, dtypes and strides of the results.
+        prepare: the operation's arguments -> the operator's (memory formats, dtypes of scalars).
+        reasons: why no fused kernel can run these arguments, apart from availability, which is added here.
+        priorities: backend -> priority under ``auto``. auto_reasons: backend -> why ``auto`` would rather not.
+        backward: None for an operation without gradients. tolerance: see :class:`~lsgm_fast.dispatch.Impl`.
+    """
+    for backend, priority in priorities.items():
+        name = f"{op.name}_{backend}"
+        _define(name, schema, fake, op.name, "forward", backend)
+        if backward is not None:
+            _define(f"{name}_backward", backward.schema, backward.fake, op.name, "backward", backend)
+            _differentiate(name, backward)
+        call = getattr(getattr(torch.ops, NAMESPACE), name).default
+        op.register(
+            Impl(
+                backend,
+                _bind(call, prepare),
+                reasons=_with_availability(backend, reasons),
+                auto_reasons=(auto_reasons or {}).get(backend, lambda *args, **kwargs: []),
+                priority=priority,
+                self_tested=True,
+                tolerance=tolerance,
+            )
+        )
+
+
+def _bind(call: Callable[..., Any], prepare: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return call(*prepare(*args, **kwargs))
+
+    return run
+
+
+def _define(name: str, schema: str, fake: Callable[..., Any], op: str, function: str, backend: str) -> None:
+    # Without the tag, Inductor may hand a channels_last kernel contiguous inputs.
+    _library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    if backend == "triton":
+
+        def launch(*args: Any) -> Any:
+            return getattr(importlib.import_module(f"lsgm_fast.kernels.{op}"), function)(*args)
+
+        # On CPU tensors only Triton's interpreter can run it; availability is checked before.
+        for key in ("CUDA", "CPU"):
+            _library.impl(name, launch, key)
+
+
+def _differentiate(name: str, backward: Backward) -> None:
+    call = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
+
+    def gradients(ctx: Any, *grads: torch.Tensor) -> Any:
+        return backward.gradients(ctx, call, *grads)
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", gradients, setup_context=backward.save, lib=_library
+    )
+
+    def refuse(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            f"double backward through {NAMESPACE}::{name} is not implemented: "
+            "compute under lsgm_fast.use_backend('reference')"
+        )
+
+    # Without a formula autograd would warn and go on with missing gradients.
+    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse, lib=_library)
+
+
+def _with_availability(backend: str, reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    def check(*args: Any, **kwargs: Any) -> list[str]:
+        device_type = "cpu"
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                device_type = value.device.type
+                break
+        why = unavailable(backend, device_type)
+        if why is not None:
+            return [why]
+        return reasons(*args, **kwargs)
+
+    return check
+
+
+@torch.compiler.assume_constant_result
+def unavailable(backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run anything on such a device here, or None."""
+    return _unavailable(backend, device_type)
+
+
+@functools.cache
+def _unavailable(backend: str, device_type: str) -> str | None:
+    if device_type == "meta":
+        # Shapes only: answer as for the device on which the backend is at home.
+        device_type = "cpu" if backend == "cpu" else "cuda"
+    if backend == "cpu":
+        if device_type != "cpu":
+            return f"runs on CPU tensors, these are on {device_type}"
+        return native.cpu().reason
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not (interpreted and device_type == "cpu"):
+        return f"runs on CUDA tensors, these are on {device_type}"
+    if backend == "cuda":
+        return native.cuda().reason
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return None

@@ -1,0 +1,174 @@
+"""Proof before use: a fused kernel is compared with the reference before ``auto`` runs it on a device.
+
+Kernels run on hardware that their authors may never have touched. The first time ``auto`` would use a compiled or
+Triton kernel on a device, it runs on a small input (forward and backward) against the float64 reference. A mismatch,
+or an exception, disables the kernel with one warning; the reference runs instead. Verdicts are kept on disk per
+device, driver, versions and source hash. Nothing is tested while a CUDA graph is being captured; under
+``torch.compile`` the verdict is a constant of the trace.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import logging
+import os
+import subprocess
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from lsgm_fast import env
+from lsgm_fast.files import atomic_path
+
+logger = logging.getLogger("lsgm_fast")
+
+# (op, backend, device) -> None (passed) or what is wrong.
+_verdicts: dict[tuple[str, str, str], str | None] = {}
+_lock = threading.RLock()
+_LOCK_SECONDS = 10.0
+
+
+def _after_fork() -> None:
+    # Another thread of the parent may have held the lock, and that thread does not exist in the child.
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+@torch.compiler.assume_constant_result
+def problem(op: str, backend: str, device_type: str, device_index: int | None) -> str | None:
+    """Why ``auto`` must not use this kernel on this device; None once it has passed. Runs the test where needed."""
+    key = (op, backend, device_type if device_index is None else f"{device_type}:{device_index}")
+    try:
+        return _verdicts[key]
+    except KeyError:
+        pass
+    if not env.selftest_enabled():
+        return None
+    if device_type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "untested on this device, and a CUDA graph is being captured"
+    with _lock:
+        if key not in _verdicts:
+            _verdicts[key] = _verdict(*key)
+        return _verdicts[key]
+
+
+def known(op: str, backend: str, device: torch.device) -> tuple[str, str | None]:
+    """(what is known in words, the failure if it failed) without running anything."""
+    key = (op, backend, str(device))
+    if key not in _verdicts:
+        return "self-test: untested", None
+    failure = _verdicts[key]
+    return ("self-test: passed", None) if failure is None else ("self-test: failed", failure)
+
+
+def forget() -> None:
+    """Drop this process's verdicts (the file keeps its own)."""
+    with _lock:
+        _verdicts.clear()
+
+
+def _verdict(op: str, backend: str, device: str) -> str | None:
+    print_ = fingerprint(op, backend, device)
+    stored = _read().get(print_)
+    if stored is not None:
+        failure = stored["failure"]
+    else:
+        failure = _run(op, backend, device)
+        _store(print_, {"failure": failure, "date": datetime.datetime.now().isoformat(timespec="seconds")})
+    if failure is not None:
+        warnings.warn(
+            f"lsgm_fast: the {backend} kernel of {op} is disabled on {device}, the reference runs instead: {failure}",
+            RuntimeWarning,
+            stacklevel=6,
+        )
+    return failure
+
+
+def _run(op: str, backend: str, device: str) -> str | None:
+    """Compare with the reference, in a thread of its own: none of the caller's modes is on there."""
+    result: list[str | None] = []
+
+    def test() -> None:
+        try:
+            from lsgm_fast import testing
+
+            for sample in testing.selftest_sample(op, device):
+                testing.check_forward(op, backend, sample)
+                if sample.differentiable:
+                    testing.check_backward(op, backend, sample)
+            result.append(None)
+        except Exception as error:
+            # Whatever a kernel does wrong, a compile error or a failed launch included, the reference still works.
+            result.append(f"{type(error).__name__}: {str(error).strip() or 'no message'}")
+
+    thread = threading.Thread(target=test, name=f"lsgm_fast self-test of {op}")
+    thread.start()
+    thread.join()
+    logger.info("self-test of %s on %s, backend %s: %s", op, device, backend, result[0] or "passed")
+    return result[0]
+
+
+# -- the file -------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(op: str, backend: str, device: str) -> str:
+    """Everything that a verdict depends on, as one line."""
+    from lsgm_fast import info, native
+
+    triton = "-"
+    if backend == "triton":
+        import triton as module
+
+        triton = module.__version__
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        properties = torch.cuda.get_device_properties(kind)
+        hardware = f"{properties.name} sm_{properties.major}{properties.minor} driver {_driver_version()}"
+    else:
+        hardware = f"{kind.type} {info.cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
+    parts = (op, backend, native.source_hash(op), hardware, f"torch {torch.__version__}", f"triton {triton}")
+    return " | ".join(parts)
+
+
+@functools.cache
+def _driver_version() -> str:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split(
+            "\n"
+        )[0]
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _path() -> Path:
+    return env.cache_dir() / "selftest.json"
+
+
+def _read() -> dict[str, dict[str, str | None]]:
+    try:
+        stored = json.loads(_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _store(print_: str, verdict: dict[str, str | None]) -> None:
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
+            stored = _read()
+            stored[print_] = verdict
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(stored, indent=1))
+    except (OSError, Timeout) as error:
+        logger.info("self-test verdicts are not kept: %s", error)
