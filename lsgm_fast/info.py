@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+    from lsgm_fast.dispatch import Op
 
 
 def collect(*, initialise_cuda: bool = False) -> dict[str, Any]:
@@ -26,13 +30,15 @@ def collect(*, initialise_cuda: bool = False) -> dict[str, Any]:
         ``lsgm_fast``, ``python``, ``platform``, ``packages`` (name -> version, or None where not installed),
         ``torch`` (version, CUDA build, threads), ``triton`` (version or why not), ``cpu`` (model, cores),
         ``cuda`` (source, devices, why none), ``environment`` (variables of :mod:`lsgm_fast.env` that are set),
-        ``backends`` (all names) and ``operations`` (name -> backends in the order in which ``auto`` tries them).
+        ``native`` (library -> loaded, reason), ``backends`` (all names) and ``operations``: name -> one entry per
+        backend in the order in which ``auto`` tries them, with ``why_not`` (on CPU and on CUDA tensors, None where it
+        runs), and ``validated``: on which devices its sources were validated, when, and whether they changed since.
     """
     import torch
 
     import lsgm_fast
     import lsgm_fast.ops  # registers the operations
-    from lsgm_fast import dispatch, env
+    from lsgm_fast import dispatch, env, native
 
     return {
         "lsgm_fast": {
@@ -52,8 +58,55 @@ def collect(*, initialise_cuda: bool = False) -> dict[str, Any]:
         "cuda": _cuda_devices(initialise_cuda),
         "environment": env.variables_set(),
         "backends": list(dispatch.BACKENDS),
-        "operations": {name: op.backends() for name, op in sorted(dispatch.REGISTRY.items())},
+        "native": {
+            library.name: {"loaded": library.loaded, "reason": library.reason}
+            for library in (native.cpu(), native.cuda())
+        },
+        "operations": {name: _operation(op) for name, op in sorted(dispatch.REGISTRY.items())},
     }
+
+
+def _operation(op: Op[Any, Any]) -> list[dict[str, Any]]:
+    from lsgm_fast import fused
+
+    entries = []
+    for backend in op.backends():
+        why_not = {
+            kind: None if backend == "reference" else fused.unavailable(backend, kind)
+            for kind in ("cpu", "cuda")
+        }
+        validated = [] if backend == "reference" else validations(op.name, backend)
+        entries.append({"backend": backend, "why_not": why_not, "validated": validated})
+    return entries
+
+
+def validations(op: str, backend: str) -> list[dict[str, Any]]:
+    """Where this kernel was validated, from ``benchmarks/results/*/kernels.json`` of a source tree.
+
+    Each entry: ``machine``, ``date``, ``passed``, and ``current``: whether the sources are still the same.
+    """
+    from lsgm_fast import native
+
+    found = []
+    current = native.source_hash(op)
+    results = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+    for path in sorted(results.glob("*/kernels.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            for entry in record["kernels"]:
+                if (entry["op"], entry["backend"]) != (op, backend) or not entry["passed"]:
+                    continue
+                found.append(
+                    {
+                        "machine": path.parent.name,
+                        "date": record["date"],
+                        "passed": not entry["failures"] and entry.get("sanitizer", {}).get("clean", True),
+                        "current": entry["source_hash"] == current,
+                    }
+                )
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def render(report: dict[str, Any]) -> Group:
@@ -83,14 +136,44 @@ def render(report: dict[str, Any]) -> Group:
     for name, value in rows:
         system.add_row(name, escape(str(value)))
 
-    operations = Table(title="implementations (1 = tried first by `auto`)", title_justify="left")
-    operations.add_column("operation")
-    for backend in report["backends"]:
-        operations.add_column(backend, justify="center")
-    for name, backends in report["operations"].items():
-        cells = [str(backends.index(b) + 1) if b in backends else "-" for b in report["backends"]]
-        operations.add_row(name, *cells)
-    return Group(system, "", operations)
+    for name, library in report["native"].items():
+        system.add_row(f"{name} library", escape("loaded" if library["loaded"] else library["reason"]))
+
+    operations = Table(
+        title="operations with fused kernels, in the order in which `auto` tries them", title_justify="left"
+    )
+    for column in ("operation", "backend", "CPU tensors", "CUDA tensors", "validated on"):
+        operations.add_column(column, overflow="fold")
+    plain = []
+    for name, entries in report["operations"].items():
+        if len(entries) == 1:
+            plain.append(name)
+            continue
+        for index, entry in enumerate(entries):
+            runs = [_runs(entry, kind) for kind in ("cpu", "cuda")]
+            operations.add_row(name if index == 0 else "", entry["backend"], *runs, _validated(entry))
+    rest = f"reference only: {', '.join(plain)}" if plain else ""
+    return Group(system, "", operations, rest)
+
+
+def _runs(entry: dict[str, Any], kind: str) -> str:
+    why = entry["why_not"][kind]
+    if why is None:
+        return "yes"
+    # Why a library is absent stands once, above the table.
+    return "-" if why.startswith("runs on") else f"no {entry['backend']} library"
+
+
+def _validated(entry: dict[str, Any]) -> str:
+    if entry["backend"] == "reference":
+        return "(the specification)"
+    if not entry["validated"]:
+        return "no device yet"
+    return "; ".join(
+        f"{v['machine']} ({v['date'][:10]}{'' if v['passed'] else ', failed'}"
+        f"{'' if v['current'] else ', sources changed since'})"
+        for v in entry["validated"]
+    )
 
 
 def _installed(distribution: str) -> str | None:

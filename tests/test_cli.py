@@ -469,8 +469,11 @@ def test_info_lists_every_operation(run):
     report = json.loads(run("info", "--json").out)
     assert report["torch"]["version"] == torch.__version__
     assert report["lsgm_fast"]["version"] == lsgm_fast.__version__
-    assert report["operations"]["mixed_score"][-1] == "reference"
-    assert set(report["backends"]) >= {b for backends in report["operations"].values() for b in backends}
+    entries = report["operations"]["mixed_score"]
+    assert [e["backend"] for e in entries] == ["cpu", "cuda", "triton", "reference"]
+    assert entries[-1]["why_not"] == {"cpu": None, "cuda": None}
+    assert entries[0]["why_not"]["cuda"] is not None
+    assert set(report["backends"]) >= {e["backend"] for entries in report["operations"].values() for e in entries}
     text = run("info").out
     for name in report["operations"]:
         assert name in text
@@ -577,3 +580,32 @@ def test_backend_variable_unset():
 def test_backend_variable_errors_name_the_variable(spec, message):
     with pytest.raises(ValueError, match=f"LSGM_FAST_BACKEND.*{message}"):
         env.backend_from_env(BACKENDS, OPS, {env.BACKEND: spec})
+
+
+def test_info_reads_validation_records(tmp_path, monkeypatch):
+    from lsgm_fast import info, native
+
+    monkeypatch.setattr(info, "__file__", str(tmp_path / "lsgm_fast" / "info.py"))
+    folder = tmp_path / "benchmarks" / "results"
+    for machine, source, failures in (
+        ("a100", native.source_hash("mixed_score"), []),
+        ("h100", "old", ["x: wrong"]),
+    ):
+        (folder / machine).mkdir(parents=True)
+        kernel = {
+            "op": "mixed_score",
+            "backend": "cuda",
+            "source_hash": source,
+            "passed": 3,
+            "failures": failures,
+        }
+        record = {"date": "2026-01-02T03:04:05", "kernels": [kernel]}
+        (folder / machine / "kernels.json").write_text(json.dumps(record))
+    (folder / "broken").mkdir()
+    (folder / "broken" / "kernels.json").write_text("{")
+    found = info.validations("mixed_score", "cuda")
+    assert [(v["machine"], v["passed"], v["current"]) for v in found] == [
+        ("a100", True, True),
+        ("h100", False, False),
+    ]
+    assert info.validations("mixed_score", "triton") == []

@@ -11,6 +11,7 @@ Runs the parts in order, goes on after a failure, and exits non-zero if any part
 parts (default: all)
   env                      hardware, driver, versions, commit, clocks, load
   tests                    the test suite, with the GPU visible
+  kernels                  every fused kernel against float64 on all sample inputs, and under compute-sanitizer
   time-small               mnist, omniglot
   time-cifar               cifar10-fid (cifar10-balanced has the same networks)
   time-cifar-nll           cifar10-nll
@@ -39,7 +40,7 @@ die() {
   exit 2
 }
 
-all_parts=(env tests time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
+all_parts=(env tests kernels time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
 parts=()
 budget=420
 dry_run=0
@@ -117,6 +118,7 @@ run_part() {
   case $1 in
     env) limited "$python" -m benchmarks.validation env "${common[@]}" ;;
     tests) limited "$python" -m benchmarks.validation tests "${common[@]}" --budget "$budget" ;;
+    kernels) limited "$python" -m benchmarks.kernels "${common[@]}" --budget "$budget" ;;
     time-*)
       read -ra presets <<<"$(presets_of "$1")"
       limited "$python" -m benchmarks.published --presets "${presets[@]}" --name "$1" --budget "$budget" \
