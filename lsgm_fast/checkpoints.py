@@ -15,7 +15,6 @@ import os
 import pickle
 import re
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -96,8 +95,11 @@ def build(preset: str, device: str | torch.device = "cpu") -> LSGM:
         ValueError: unknown preset; the message lists the valid ones and the closest.
     """
     config = get_preset(preset)
-    with torch.device(device):
-        return LSGM.from_config(config).eval()
+    try:
+        with torch.device(device):
+            return LSGM.from_config(config).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot build the model on device {str(device)!r}: {error}") from error
 
 
 def save(model: LSGM, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -199,31 +201,30 @@ def _load_ours(path: Path) -> LSGM:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read, it may be truncated: {error}") from error
-    model = _empty_model(config)
+    model = _empty_model(config, str(path))
     _fill(model, state, str(path))
     return model
 
 
 def _unpickle(path: Path) -> Mapping[str, Any]:
-    with torch.serialization.safe_globals(_SAFE_GLOBALS):
+    # A file object: given a path, torch.load goes by the name and hands *.safetensors to another reader.
+    with torch.serialization.safe_globals(_SAFE_GLOBALS), open(path, "rb") as file:
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            reason = str(error).split("\n")[0]
+            # PyTorch surrounds the cause with advice to switch the protection off.
+            found = re.search(
+                r"WeightsUnpickler error: ([^\n]*?)( was not an allowed global|\n|$)", str(error)
+            )
+            reason = found[1].strip() if found else "not a pickle that PyTorch wrote"
             raise CheckpointError(
                 f"{path} was refused: it is damaged, no checkpoint, or holds objects that could run code ({reason})"
             ) from error
-        except (
-            OSError,
-            EOFError,
-            RuntimeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            TypeError,
-            zipfile.BadZipFile,
-        ) as error:
-            raise CheckpointError(f"{path} cannot be read, it may be truncated: {error}") from error
+        except Exception as error:  # damaged bytes reach every corner of the unpickler
+            reason = str(error).split("\n")[0].split(" In PyTorch 2.6")[0]
+            raise CheckpointError(
+                f"{path} cannot be read, it may be truncated: {type(error).__name__}: {reason}"
+            ) from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(checkpoint).__name__}, not the dictionary of an LSGM checkpoint"
@@ -243,15 +244,24 @@ def _safe_globals() -> list[Any]:
 _SAFE_GLOBALS = _safe_globals()
 
 
-def _empty_model(config: LSGMConfig) -> LSGM:
+def _empty_model(config: LSGMConfig, origin: str) -> LSGM:
     """The model without initialisation: parameters on the meta device, to be assigned."""
-    with torch.device("meta"):
-        return LSGM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return LSGM.from_config(config)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{origin} has an unusable configuration: {error}") from error
 
 
 def _fill(model: LSGM, state: Mapping[str, torch.Tensor], origin: str) -> None:
-    """Assign ``state`` to a model made by :func:`_empty_model`, checking every key and shape."""
+    """Assign ``state`` to a model made by :func:`_empty_model`, checking every key, shape and kind of number."""
     expected = model.state_dict()
+    for key in expected.keys() & state.keys():
+        value = state[key]
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{origin}: {key} is a {type(value).__name__}, not a tensor")
+        if value.is_floating_point() != expected[key].is_floating_point() or value.is_complex():
+            raise CheckpointError(f"{origin}: {key} has dtype {value.dtype} instead of {expected[key].dtype}")
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     wrong = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
     if missing or unexpected or wrong:
@@ -301,19 +311,24 @@ def from_published(checkpoint: Mapping[str, Any], origin: str = "the checkpoint"
                 f"{origin} is no published LSGM checkpoint: it has no {key!r} (it has {_some(map(str, checkpoint))})"
             )
     args = checkpoint["args"]
-    args = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
-    vae_state = dict(checkpoint["vae_state_dict"])
-    score_state = checkpoint.get("dae_state_dict")
-    if score_state is not None:
-        score_state = _with_ema(dict(score_state), checkpoint.get("dae_optimizer"))
     try:
+        args = dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
+        vae_state = {str(key): value for key, value in checkpoint["vae_state_dict"].items()}
+        score_state = checkpoint.get("dae_state_dict")
+        if score_state is not None:
+            score_state = {str(key): value for key, value in score_state.items()}
+            score_state = _with_ema(score_state, checkpoint.get("dae_optimizer"))
         config = _config_from_published(args, vae_state, score_state)
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{origin} is incomplete or of another model: {error} is missing") from error
     except ValueError as error:
         raise CheckpointError(f"{origin} has an unusable configuration: {error}") from error
+    except (TypeError, AttributeError, IndexError, ZeroDivisionError, NameError) as error:
+        raise CheckpointError(f"{origin} is damaged or of another program: {error}") from error
     _notice()
-    model = _empty_model(config)
+    model = _empty_model(config, origin)
     state: dict[str, torch.Tensor] = {}
     for network, published, prefix in ((model.vae, vae_state, "vae."), (model.prior, score_state, "prior.")):
         if network is None or published is None:
@@ -361,7 +376,7 @@ def _notice() -> None:
     global _noticed
     if not _noticed:
         _noticed = True
-        warnings.warn(LICENCE_NOTICE, UserWarning, stacklevel=4)
+        warnings.warn(LICENCE_NOTICE, UserWarning, stacklevel=5)
 
 
 def _with_ema(state: dict[str, torch.Tensor], optimizer: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:

@@ -31,6 +31,10 @@ def atomic_path(path: str | os.PathLike[str], *, make_folders: bool = False) -> 
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
+        # Whatever wrote it (safetensors: for its owner alone), the file is as readable as any other new one.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -59,7 +59,11 @@ def test_an_unknown_option_is_named():
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (SDEConfig, {"name": "vp_sde"}, r"unknown SDE 'vp_sde'.*'vpsde', 'geometric_sde', 'sub_vpsde', 'vesde'"),
+        (
+            SDEConfig,
+            {"name": "vp_sde"},
+            r"unknown SDE 'vp_sde'.*'vpsde', 'geometric_sde', 'sub_vpsde', 'vesde'",
+        ),
         (SDEConfig, {"name": "geometric"}, r"did you mean 'geometric_sde'"),
         (SDEConfig, {"parity": "publishd"}, r"'exact', 'published'; did you mean 'published'"),
         (SDEConfig, {"sigma2_0": 1.0}, r"sigma2_0 must be in \[0, 1\), got 1.0"),
@@ -68,9 +72,21 @@ def test_an_unknown_option_is_named():
         (SDEConfig, {"beta_start": 0.0}, r"0 < beta_start"),
         (SDEConfig, {"sigma2_min": 2.0}, r"sigma2_min < sigma2_max, got 2.0 and 0.999"),
         (VAEConfig, {"architecture": "res_bnelu"}, r"cell architecture 'res_bnelu'.*'res_mbconv'"),
-        (VAEConfig, {"decoder_distribution": "mixture"}, r"decoder distribution 'mixture'.*'mixture_logistic'"),
-        (VAEConfig, {"channel_mult": (1, 2, 4)}, r"preprocess_blocks \+ latent_scales = 2 entries, got \(1, 2, 4\)"),
-        (VAEConfig, {"postprocess_blocks": 2}, r"postprocess_blocks must equal preprocess_blocks.*got 2 and 1"),
+        (
+            VAEConfig,
+            {"decoder_distribution": "mixture"},
+            r"decoder distribution 'mixture'.*'mixture_logistic'",
+        ),
+        (
+            VAEConfig,
+            {"channel_mult": (1, 2, 4)},
+            r"preprocess_blocks \+ latent_scales = 2 entries, got \(1, 2, 4\)",
+        ),
+        (
+            VAEConfig,
+            {"postprocess_blocks": 2},
+            r"postprocess_blocks must equal preprocess_blocks.*got 2 and 1",
+        ),
         (VAEConfig, {"image_size": 31}, r"multiple of 2 .*got 31"),
         (VAEConfig, {"num_bits": 4}, r"between 5 and 8, got 4"),
         (VAEConfig, {"num_bits": 9}, r"between 5 and 8, got 9"),

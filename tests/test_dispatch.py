@@ -267,7 +267,9 @@ def test_explain_of_every_real_operation_is_by_name():
     weight = torch.empty(8, device="meta")
     assert explain("group_norm_swish", x, weight, weight, groups=2).chosen is not None
     assert lsgm_fast.explain is explain
-    with pytest.raises(ValueError, match="unknown operation 'group_norm_silu'.*did you mean 'group_norm_swish'"):
+    with pytest.raises(
+        ValueError, match="unknown operation 'group_norm_silu'.*did you mean 'group_norm_swish'"
+    ):
         explain("group_norm_silu", x)
     with pytest.raises(ValueError, match="unknown backend"):
         explain("group_norm_swish", x, weight, weight, groups=2, backend="gpu")
@@ -302,9 +304,8 @@ def test_nested_records(op):
             op(SMALL)
             op(LARGE)
         op(SMALL)
-        with pytest.raises(RuntimeError, match="boom"), record():
-            op(LARGE)
-            raise RuntimeError("boom")
+        with pytest.raises(TypeError, match="str"), record():
+            op(LARGE, "boom")
     assert inner.counts == {("test_op", "triton"): 1, ("test_op", "cpu"): 1}
     assert outer.counts == {("test_op", "triton"): 3, ("test_op", "cpu"): 2}
 
@@ -316,7 +317,9 @@ def test_record_of_a_model():
         model.prior(torch.zeros(1, *model.latent_shape), torch.tensor(0.5))
     counts = {name: n for (name, _), n in log.counts.items()}
     assert counts["weight_norm"] == 1  # one call for all convolutions
-    assert {"bn_swish", "se_residual", "depthwise_bn_swish", "group_norm_swish", "fir_resample"} <= set(counts)
+    assert {"bn_swish", "se_residual", "depthwise_bn_swish", "group_norm_swish", "fir_resample"} <= set(
+        counts
+    )
 
 
 # -- resolve ---------------------------------------------------------------------------------------------------------
@@ -420,7 +423,9 @@ def test_registration_is_checked(op):
 
 
 def test_the_reference_must_have_the_operations_signature():
-    with pytest.raises(TypeError, match=r"the reference takes \['x', 'shift'\], the operation \['x', 'offset'\]"):
+    with pytest.raises(
+        TypeError, match=r"the reference takes \['x', 'shift'\], the operation \['x', 'offset'\]"
+    ):
         Op(check, lambda x, shift=0.0: x)
     with pytest.raises(TypeError, match="the reference takes"):
         Op(check, lambda x: x)
@@ -446,7 +451,10 @@ def test_an_operation_looks_like_its_function(op):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tritn", "unknown backend 'tritn'.*'auto', 'reference', 'cpu', 'triton', 'cuda'; did you mean 'triton'"),
+        (
+            "tritn",
+            "unknown backend 'tritn'.*'auto', 'reference', 'cpu', 'triton', 'cuda'; did you mean 'triton'",
+        ),
         ("group_norm_swih=reference", "unknown operation 'group_norm_swih'.*did you mean 'group_norm_swish'"),
         ("triton,mixed_score=refernce", "did you mean 'reference'"),
         ("triton,cpu", "two default backends"),

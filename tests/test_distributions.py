@@ -56,8 +56,7 @@ def mixture_logits(seed, k=10):
 # -- mixture of logistics --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("red", [0, 7, -1])
+@pytest.mark.parametrize(("bits", "red"), [(5, 0), (5, 7), (6, -1), (7, 7), (8, 0), (8, 130)])
 def test_mixture_sums_over_green_and_blue_to_the_mixture_of_reds(bits, red):
     """For one red value, all green and blue values together: sum_k pi_k P_k(red), which sums to 1 over red."""
     logits = mixture_logits(seed=bits)
@@ -88,7 +87,28 @@ def test_mixture_of_one_pixel_by_hand():
     logits = torch.zeros(1, 20, 1, 1, dtype=torch.float64)
     # Two mixtures: logits | red: means, log scales, coefficients | green | blue.
     logits[0, :, 0, 0] = torch.tensor(
-        [0.3, -0.2, 0.1, -0.4, -1.0, -2.0, 0.5, -0.6, 0.2, 0.3, -1.5, -9.0, 0.7, 0.8, -0.3, 0.0, -2.5, -1.2, 0.9, -1.1]
+        [
+            0.3,
+            -0.2,
+            0.1,
+            -0.4,
+            -1.0,
+            -2.0,
+            0.5,
+            -0.6,
+            0.2,
+            0.3,
+            -1.5,
+            -9.0,
+            0.7,
+            0.8,
+            -0.3,
+            0.0,
+            -2.5,
+            -1.2,
+            0.9,
+            -1.1,
+        ]
     )
     red, green, blue = levels(8)[[100, 160, 90]].tolist()
     total = 0.0
@@ -131,7 +151,24 @@ def test_mixture_mean_by_hand():
 def test_mixture_draws_follow_the_mixture():
     n = 100
     logits = torch.zeros(1, 20, n, n, dtype=torch.float64)
-    values = [math.log(0.7), math.log(0.3), 0.3, -0.4, -4.0, -3.5, 0.5, -0.6, 0.1, 0.2, -4.0, -4.0, 0.7, 0.8, -0.2, 0.0]
+    values = [
+        math.log(0.7),
+        math.log(0.3),
+        0.3,
+        -0.4,
+        -4.0,
+        -3.5,
+        0.5,
+        -0.6,
+        0.1,
+        0.2,
+        -4.0,
+        -4.0,
+        0.7,
+        0.8,
+        -0.2,
+        0.0,
+    ]
     values += [-4.0, -4.0, 0.4, -0.3]
     logits[0] = torch.tensor(values, dtype=torch.float64)[:, None, None]
     draws = MixtureLogistic(logits).sample(generator())
@@ -289,7 +326,8 @@ def test_unknown_distribution():
 
 
 @pytest.mark.parametrize(
-    ("x", "logits"), [((1, 1, 4, 4), (1, 100, 4, 4)), ((1, 3, 4, 4), (1, 95, 4, 4)), ((1, 3, 4, 4), (2, 100, 4, 4))]
+    ("x", "logits"),
+    [((1, 1, 4, 4), (1, 100, 4, 4)), ((1, 3, 4, 4), (1, 95, 4, 4)), ((1, 3, 4, 4), (2, 100, 4, 4))],
 )
 def test_mixture_shapes(x, logits):
     with pytest.raises(ValueError, match="expected"):

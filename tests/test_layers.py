@@ -318,7 +318,9 @@ def test_combiners():
     )
     torch.testing.assert_close(encoder(feature, state), expected, **TIGHT)
     weight = explicit_weight(decoder.conv, decoder.conv.weight.detach())[:, :, 0, 0]
-    expected = torch.einsum("oc,nchw->nohw", weight, torch.cat((state, z), 1)) + decoder.conv.bias[:, None, None]
+    expected = (
+        torch.einsum("oc,nchw->nohw", weight, torch.cat((state, z), 1)) + decoder.conv.bias[:, None, None]
+    )
     torch.testing.assert_close(decoder(state, z), expected, **TIGHT)
 
 
@@ -349,7 +351,12 @@ def test_fir_resample_is_zero_insertion_filter_decimation(h, w):
 def test_fir_resample_closed_form_per_axis():
     x = rand(6, 1)[:, 0]
     padded = F.pad(x, (1, 1))
-    down = torch.stack([(padded[2 * i] + 3 * padded[2 * i + 1] + 3 * padded[2 * i + 2] + padded[2 * i + 3]) / 8 for i in range(3)])
+    down = torch.stack(
+        [
+            (padded[2 * i] + 3 * padded[2 * i + 1] + 3 * padded[2 * i + 2] + padded[2 * i + 3]) / 8
+            for i in range(3)
+        ]
+    )
     up = torch.stack(
         [
             value

@@ -432,7 +432,9 @@ def test_decode(name):
     assert images.min() >= 0
     assert images.max() <= 1
     # Running statistics: an image does not depend on its batch. Batch statistics: it does.
-    torch.testing.assert_close(model.decode(z[:2], [e[:2] for e in lower], bn="running"), images[:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.decode(z[:2], [e[:2] for e in lower], bn="running"), images[:2], rtol=1e-4, atol=1e-5
+    )
     batch = model.decode(z, lower, bn="batch")
     assert not torch.allclose(batch, images, atol=1e-4)
     assert not torch.allclose(model.decode(z[:2], [e[:2] for e in lower], bn="batch"), batch[:2], atol=1e-4)
@@ -825,7 +827,12 @@ COMPILED = {"fullgraph": True, "backend": "aot_eager"}
 
 @pytest.mark.parametrize(
     ("name", "bn"),
-    [("tiny-rgb", "running"), ("tiny-binary", "batch"), ("tiny-multiscale", "running"), ("tiny-multiscale", "batch")],
+    [
+        ("tiny-rgb", "running"),
+        ("tiny-binary", "batch"),
+        ("tiny-multiscale", "running"),
+        ("tiny-multiscale", "batch"),
+    ],
 )
 def test_decode_compiles_without_graph_breaks(name, bn):
     torch._dynamo.reset()

@@ -226,6 +226,11 @@ class LSGM(nn.Module):
                 f"evaluations={evaluations} needs a solver with a fixed budget: solver='ancestral'; "
                 f"{solver!r} chooses its evaluations to meet tol"
             )
+        if evaluations is not None and (not isinstance(evaluations, int) or evaluations < 1):
+            raise ValueError(f"evaluations must be a whole number of at least 1, got {evaluations!r}")
+        if n < 0:
+            raise ValueError(f"the number of latents must not be negative, got {n}")
+        _check_temperature("temperature", temperature)
         indices = range(first_index, first_index + n)
         device = self.device
         if noise is None:
@@ -309,6 +314,7 @@ class LSGM(nn.Module):
         noise: torch.Tensor | None = None,
         lower_noise: Sequence[torch.Tensor] | None = None,
         crop: bool = True,
+        state_dtype: torch.dtype = torch.float64,
         progress: bool = False,
         on_batch: Callable[[torch.Tensor, SamplingInfo], object] | None = None,
     ) -> torch.Tensor:
@@ -317,7 +323,7 @@ class LSGM(nn.Module):
         Args:
             n: number of images. seed: same seed, same images, on every device and for every ``batch_size`` (up to the
                 solver's tolerance where one step size serves a batch, and unless ``bn="batch"``).
-            solver, tol, evaluations, ode_eps, temperature, noise, progress: as in :meth:`sample_latents`.
+            solver, tol, evaluations, ode_eps, temperature, noise, state_dtype, progress: as in :meth:`sample_latents`.
             vae_temperature: factor on the noise of the latent scales that the prior does not cover.
             bn: ``"running"`` or ``"batch"`` BatchNorm statistics in the decoder; None: the recipe's.
             batch_size: images per batch; None: at most 64.
@@ -338,6 +344,7 @@ class LSGM(nn.Module):
         elif batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         # Everything the decoder will need is checked before the long part starts.
+        _check_temperature("vae_temperature", vae_temperature)
         bn = self._statistics(bn)
         expected = [(n, *s) for s in self.lower_shapes]
         if lower_noise is not None and [tuple(e.shape) for e in lower_noise] != expected:
@@ -358,6 +365,7 @@ class LSGM(nn.Module):
                 evaluations=evaluations,
                 ode_eps=ode_eps,
                 temperature=temperature,
+                state_dtype=state_dtype,
                 progress=progress,
             )
             if lower_noise is None:
@@ -510,6 +518,10 @@ class LSGM(nn.Module):
             )
         if rho is None:
             rho = random.uniform(seed, range(n), "time", (), device=z0.device).to(z0.dtype)
+        elif not bool(((rho >= 0.0) & (rho <= 1.0)).all()):
+            raise ValueError(
+                f"rho must be in [0, 1], got values from {float(rho.min())} to {float(rho.max())}"
+            )
         iw = iw_quantities(self.sde, rho, iw_mode)
         z_t = ops.diffuse(z0, diffusion_noise, iw.m, iw.var)
         const = float(self.sde.cross_entropy_const(self.sde.time_eps))
@@ -535,6 +547,11 @@ class LSGM(nn.Module):
         from lsgm_fast import checkpoints
 
         checkpoints.save(self, path)
+
+
+def _check_temperature(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
 class _ProgressBar:

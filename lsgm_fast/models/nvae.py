@@ -168,6 +168,8 @@ class NVAE(nn.Module):
             # Written so that NaN fails too.
             if not (low >= 0.0 and high <= 1.0):
                 raise ValueError(f"expected image values in [0, 1], got [{low:g}, {high:g}]")
+        # Half precision has too few digits to tell 8-bit levels apart once scaled.
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
         if images.shape[2] < c.image_size:
             images = F.pad(images, (c.crop,) * 4)
         if c.num_bits < 8:
