@@ -18,6 +18,9 @@ python := $(VENV)/bin/python
 pip_install = $(python) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 has_torch = -c "import torch, sys; v = tuple(int(x) for x in torch.__version__.split('.')[:2]); sys.exit(v < (2, 11))" 2>/dev/null
 
+# What `pip install` compiles: a change in it installs anew.
+native = CMakeLists.txt $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
 .PHONY: help demo test lint format clean
 .DELETE_ON_ERROR:
 
@@ -73,12 +76,12 @@ $(VENV)/.lsgm-fast-torch: $(VENV)/.lsgm-fast-venv
 	@$(python) $(has_torch) || { echo "installing $(TORCH)"; $(pip_install) $(TORCH); }
 	@touch $@
 
-$(VENV)/.lsgm-fast-installed: $(VENV)/.lsgm-fast-torch pyproject.toml setup.py
+$(VENV)/.lsgm-fast-installed: $(VENV)/.lsgm-fast-torch pyproject.toml setup.py $(native)
 	@echo "installing lsgm-fast"
 	@$(pip_install) --editable .
 	@touch $@
 
-$(VENV)/.lsgm-fast-installed-dev: $(VENV)/.lsgm-fast-torch pyproject.toml setup.py
+$(VENV)/.lsgm-fast-installed-dev: $(VENV)/.lsgm-fast-torch pyproject.toml setup.py $(native)
 	@echo "installing lsgm-fast and the development tools"
 	@$(pip_install) --editable ".[dev]"
 	@touch $@ $(VENV)/.lsgm-fast-installed
@@ -87,5 +90,6 @@ $(VENV)/.lsgm-fast-installed-dev: $(VENV)/.lsgm-fast-torch pyproject.toml setup.
 clean:
 	@if [ -e $(VENV)/.lsgm-fast-created ] || [ -e $(VENV)/.lsgm-fast-unfinished ]; then rm -rf $(VENV); fi
 	rm -f $(VENV)/.lsgm-fast-*
+	rm -rf lsgm_fast/_lib lsgm_fast/_C.*.so
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find lsgm_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

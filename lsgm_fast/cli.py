@@ -312,7 +312,15 @@ def bench_ops(
     from lsgm_fast import bench
 
     program = bench.program("ops")
-    arguments = [*(operations or []), "--device", _pick_device(device), "--budget", str(budget), "--name", name]
+    arguments = [
+        *(operations or []),
+        "--device",
+        _pick_device(device),
+        "--budget",
+        str(budget),
+        "--name",
+        name,
+    ]
     for option, values in (("--batch", batch), ("--dtypes", dtype)):
         if values:
             arguments += [option, *map(str, values)]

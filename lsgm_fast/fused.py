@@ -131,9 +131,7 @@ def _with_availability(backend: str, reasons: Callable[..., list[str]]) -> Calla
                 device_type = value.device.type
                 break
         why = unavailable(backend, device_type)
-        if why is not None:
-            return [why]
-        return reasons(*args, **kwargs)
+        return reasons(*args, **kwargs) if why is None else [why]
 
     return check
 

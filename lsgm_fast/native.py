@@ -8,6 +8,7 @@ environment that may hold nothing but the standard library, so the rest of the p
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import threading
@@ -84,10 +85,9 @@ def build_record() -> dict[str, Any] | None:
 def module() -> ModuleType | None:
     """``lsgm_fast._C``, which reports on the build, the processor and the GPUs; None where it was not built."""
     try:
-        import lsgm_fast._C as compiled  # type: ignore[import-not-found]
+        return importlib.import_module("lsgm_fast._C")
     except ImportError:
         return None
-    return compiled
 
 
 def source_hash(op: str) -> str | None:

@@ -27,8 +27,9 @@ from lsgm_fast.files import atomic_path
 
 logger = logging.getLogger("lsgm_fast")
 
-# (op, backend, device) -> None (passed) or what is wrong.
-_verdicts: dict[tuple[str, str, str], str | None] = {}
+# (op, backend, device type, device index) -> None (passed) or what is wrong.
+_Key = tuple[str, str, str, int | None]
+_verdicts: dict[_Key, str | None] = {}
 _lock = threading.RLock()
 _LOCK_SECONDS = 10.0
 
@@ -45,7 +46,7 @@ os.register_at_fork(after_in_child=_after_fork)
 @torch.compiler.assume_constant_result
 def problem(op: str, backend: str, device_type: str, device_index: int | None) -> str | None:
     """Why ``auto`` must not use this kernel on this device; None once it has passed. Runs the test where needed."""
-    key = (op, backend, device_type if device_index is None else f"{device_type}:{device_index}")
+    key = (op, backend, device_type, device_index)
     try:
         return _verdicts[key]
     except KeyError:
@@ -56,13 +57,14 @@ def problem(op: str, backend: str, device_type: str, device_index: int | None) -
         return "untested on this device, and a CUDA graph is being captured"
     with _lock:
         if key not in _verdicts:
-            _verdicts[key] = _verdict(*key)
+            device = device_type if device_index is None else f"{device_type}:{device_index}"
+            _verdicts[key] = _verdict(op, backend, device)
         return _verdicts[key]
 
 
 def known(op: str, backend: str, device: torch.device) -> tuple[str, str | None]:
     """(what is known in words, the failure if it failed) without running anything."""
-    key = (op, backend, str(device))
+    key = (op, backend, device.type, device.index)
     if key not in _verdicts:
         return "self-test: untested", None
     failure = _verdicts[key]
@@ -101,6 +103,8 @@ def _run(op: str, backend: str, device: str) -> str | None:
             from lsgm_fast import testing
 
             for sample in testing.selftest_sample(op, device):
+                if testing.unsupported(op, backend, sample):
+                    continue
                 testing.check_forward(op, backend, sample)
                 if sample.differentiable:
                     testing.check_backward(op, backend, sample)
@@ -134,7 +138,8 @@ def fingerprint(op: str, backend: str, device: str) -> str:
         hardware = f"{properties.name} sm_{properties.major}{properties.minor} driver {_driver_version()}"
     else:
         hardware = f"{kind.type} {info.cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
-    parts = (op, backend, native.source_hash(op), hardware, f"torch {torch.__version__}", f"triton {triton}")
+    source = native.source_hash(op) or "unknown sources"
+    parts = (op, backend, source, hardware, f"torch {torch.__version__}", f"triton {triton}")
     return " | ".join(parts)
 
 

@@ -473,7 +473,9 @@ def test_info_lists_every_operation(run):
     assert [e["backend"] for e in entries] == ["cpu", "cuda", "triton", "reference"]
     assert entries[-1]["why_not"] == {"cpu": None, "cuda": None}
     assert entries[0]["why_not"]["cuda"] is not None
-    assert set(report["backends"]) >= {e["backend"] for entries in report["operations"].values() for e in entries}
+    assert set(report["backends"]) >= {
+        e["backend"] for entries in report["operations"].values() for e in entries
+    }
     text = run("info").out
     for name in report["operations"]:
         assert name in text

@@ -13,10 +13,12 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lsgm_fast
+import lsgm_fast.native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,14 +42,16 @@ print(json.dumps({
 
 def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
     # What a developer may have set would put the source tree on the path of every interpreter.
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    ours = ("PYTHONPATH", "PYTHONHOME", "LSGM_FAST_")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     done = subprocess.run(
         [str(c) for c in command],
         cwd=cwd,
-        env={**inherited, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment},
+        # Nothing is compiled but where a test asks for it.
+        env={**inherited, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "LSGM_FAST_BUILD": "none", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -60,7 +64,9 @@ def probe(python: Path | str, cwd: Path, **environment: str) -> dict[str, str]:
 
 def copy_tree(destination: Path) -> Path:
     """The sources alone, so that a build writes nothing into the repository."""
-    generated = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "venv")
+    generated = shutil.ignore_patterns(
+        ".*", "__pycache__", "build", "dist", "*.egg-info", "venv", "_lib", "*.so"
+    )
     large = {str(ROOT / "tests" / "data"), str(ROOT / "benchmarks" / "results")}
 
     def left_out(folder: str, names: list[str]) -> set[str]:
@@ -180,6 +186,191 @@ def test_editable_install(tmp_path, mode):
         assert os.path.samefile(found["package"], tree / "lsgm_fast" / "__init__.py")
         assert os.path.samefile(found["kernels"], tree / "kernels" / "__init__.py")
         assert found["bare"] != "imported"
+
+
+# What is compiled, with and without the tools for it.
+
+HAS_COMPILER = all(map(shutil.which, ("c++", "cmake", "nm")))
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler, or no cmake")
+
+LOADED = """
+import json
+from lsgm_fast import native
+library = native.cpu()
+print(json.dumps({"loaded": library.loaded, "path": library.path, "reason": library.reason,
+                  "module": native.module() is not None, "sources": (library.build or {}).get("sources")}))
+"""
+
+
+def build_native(tree: Path, folder: Path, **environment: str) -> dict[str, Any]:
+    """What the build record says, after `setup.py build_native` into `folder`."""
+    run(sys.executable, "setup.py", "build_native", f"--build-lib={folder}", cwd=tree, **environment)
+    return json.loads((folder / "lsgm_fast" / "_lib" / "build.json").read_text())
+
+
+def test_nothing_compiled_on_request(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    archive = zipfile.ZipFile(wheel)
+    assert not [n for n in archive.namelist() if n.endswith(".so")]
+    record = json.loads(archive.read("lsgm_fast/_lib/build.json"))
+    assert record["mode"] == "none"
+    for library in record["libraries"].values():
+        assert not library["built"] and "LSGM_FAST_BUILD=none" in library["reason"]
+
+
+def test_without_a_compiler_the_rest_works_and_the_reason_is_kept(tree, tmp_path):
+    record = build_native(tree, tmp_path, LSGM_FAST_BUILD="auto", CXX="/nowhere/g++")
+    assert {p.name for p in (tmp_path / "lsgm_fast" / "_lib").iterdir()} == {"build.json"}
+    for library in record["libraries"].values():
+        assert "no C++ compiler was found" in library["reason"] and "/nowhere/g++" in library["reason"]
+    # As the installed package would say it.
+    code = "import pathlib, sys; from lsgm_fast import native; native._PACKAGE = pathlib.Path(sys.argv[1])"
+    package = tmp_path / "lsgm_fast"
+    said = run(sys.executable, "-c", f"{code}; print(native.cpu().reason)", package, cwd=ROOT)
+    assert "not built: no C++ compiler was found" in said and "install g++" in said
+
+
+@needs_compiler
+def test_a_compiler_that_fails_costs_the_libraries_only(tree, tmp_path):
+    broken = tmp_path / "broken-c++"
+    broken.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    record = build_native(tree, tmp_path / "out", LSGM_FAST_BUILD="auto", CXX=str(broken))
+    assert not record["libraries"]["cpu"]["built"]
+    assert "failed when lsgm-fast was installed" in record["libraries"]["cpu"]["reason"]
+    assert "broken" in record["libraries"]["cpu"]["log"]
+
+
+@pytest.mark.parametrize(
+    ("build", "compiler", "message"),
+    [
+        ("cpu", "/nowhere/g++", "no C++ compiler was found"),
+        ("cuda", "/nowhere/g++", "no C++ compiler was found"),
+        ("fast", "", "expected one of auto, none, cpu, cuda"),
+    ],
+)
+def test_what_is_demanded_and_cannot_be_had_fails(tree, tmp_path, build, compiler, message):
+    with pytest.raises(AssertionError) as failure:
+        build_native(tree, tmp_path, LSGM_FAST_BUILD=build, CXX=compiler)
+    assert message in str(failure.value) and f"LSGM_FAST_BUILD={build}" in str(failure.value).replace("'", "")
+
+
+def value_in_setup(tree: Path, call: str, *flags: str, **environment: str) -> str:
+    """The value of an expression over the functions of setup.py."""
+    code = (
+        "import runpy, sys; sys.argv = ['setup.py', '--version']; f = runpy.run_path('setup.py'); print(f%s)"
+    )
+    return run(sys.executable, *flags, "-c", code % call, cwd=tree, **environment).splitlines()[-1]
+
+
+def test_cuda_architectures(tree):
+    for text, expected in (
+        ("8.0;9.0+PTX", "80-real;90"),
+        ("90a, 10.0+PTX", "90a-real;100"),
+        ("8.6", "86-real"),
+    ):
+        assert value_in_setup(tree, f"['cmake_architectures']({text!r})") == expected
+    with pytest.raises(AssertionError, match="LSGM_FAST_CUDA_ARCHS='Hopper': expected architectures as in"):
+        value_in_setup(tree, "['cmake_architectures']('Hopper')")
+
+
+def test_the_headers_of_pytorch_are_found_where_the_import_system_does_not_look(tree):
+    import torch
+
+    installed = Path(torch.__file__).parent
+    if installed.parent not in [Path(sysconfig.get_path(k)) for k in ("purelib", "platlib")]:
+        pytest.skip("PyTorch is not installed in this environment itself")
+    # -S hides what is installed, as an isolated build does; setuptools alone is put back. It hides, too, that this is a
+    # virtual environment, which is what build front ends with an environment of their own tell by VIRTUAL_ENV.
+    import setuptools
+
+    own = Path(setuptools.__file__).parent
+    view = make_view(tree, own, own.parent / "_distutils_hack")
+    found = value_in_setup(tree, "['torch_package']()[0]", "-S", PYTHONPATH=str(view), VIRTUAL_ENV=sys.prefix)
+    assert Path(found).samefile(installed)
+
+
+def make_view(tree: Path, *packages: Path) -> Path:
+    """A folder that holds these packages and no others."""
+    view = tree.parent / "view"
+    view.mkdir(exist_ok=True)
+    for package in packages:
+        if not (view / package.name).exists():
+            (view / package.name).symlink_to(package)
+    return view
+
+
+@pytest.fixture(scope="module")
+def compiled_wheel(tree, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("compiled")
+    flags = ("--quiet", "--no-build-isolation", "--no-deps", "--no-index")
+    command = (sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", out, tree)
+    run(*command, LSGM_FAST_BUILD="cpu")
+    (path,) = out.iterdir()
+    return path
+
+
+@needs_compiler
+def test_a_compiled_wheel_serves_every_python(compiled_wheel, wheel, tmp_path):
+    assert compiled_wheel.name.startswith(f"lsgm_fast-{lsgm_fast.__version__}-py3-none-linux_")
+    names = set(zipfile.ZipFile(compiled_wheel).namelist())
+    binaries = {n for n in names if n.endswith(".so")}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert "lsgm_fast/_lib/liblsgm_fast_ops_cpu.so" in binaries
+    assert binaries <= {"lsgm_fast/_lib/liblsgm_fast_ops_cpu.so", f"lsgm_fast/_C{suffix}"}
+    record = json.loads(zipfile.ZipFile(compiled_wheel).read("lsgm_fast/_lib/build.json"))
+    assert record["libraries"]["cpu"]["built"] and not record["libraries"]["cuda"]["built"]
+    assert record["sources"] and set(record) >= {"date", "cmake", "platform", "python", "mode"}
+    assert any("-mavx2" in f for f in record["libraries"]["cpu"]["flags"]["csrc/mixed_score/cpu.cpp"]) or (
+        "x86" not in record["platform"]
+    )
+
+    python = make_environment(tmp_path / "venv")
+    install = ("install", "--quiet", "--no-deps", "--no-index")
+    run(sys.executable, "-m", "pip", "--python", python, *install, compiled_wheel)
+    found = json.loads(run(python, "-c", LOADED, cwd=tmp_path))
+    assert found["loaded"], found["reason"]
+    assert Path(found["path"]).is_relative_to((tmp_path / "venv").resolve())
+    assert found["module"] == any("_C" in n for n in binaries)
+    assert found["sources"]["mixed_score"] == lsgm_fast.native.source_hash("mixed_score")
+
+
+@needs_compiler
+@pytest.mark.parametrize("other", ["python3.10", "python3.11", "python3.12", "python3.13"])
+def test_a_compiled_wheel_under_another_python(compiled_wheel, tmp_path, other):
+    python = shutil.which(other)
+    if python is None or f"{sys.version_info.major}.{sys.version_info.minor}" == other.removeprefix("python"):
+        pytest.skip(f"no {other} beside the running Python")
+    if subprocess.run([python, "-c", "import pip"], capture_output=True, check=False).returncode:
+        pytest.skip(f"{other} does not start, or has no pip")
+    target = tmp_path / "site"
+    install = ("install", "--quiet", "--no-deps", "--no-index", "--target", target)
+    run(python, "-m", "pip", *install, compiled_wheel)  # refuses a wheel whose tag it does not accept
+    code = "import lsgm_fast, lsgm_fast.kernels; from lsgm_fast import native; print(native.folder(), native.module())"
+    said = run(python, "-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    folder, module = said.split()
+    assert (Path(folder) / "liblsgm_fast_ops_cpu.so").is_file()
+    assert module == "None"
+    has_torch = (
+        subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0
+    )
+    if has_torch:
+        assert json.loads(run(python, "-c", LOADED, cwd=tmp_path, PYTHONPATH=str(target)))["loaded"]
+
+
+@needs_compiler
+def test_an_editable_install_finds_what_it_compiled(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    python = make_environment(tmp_path / "venv")
+    flags = ["--quiet", "--no-build-isolation", "--no-deps", "--no-index", "--editable", tree]
+    run(sys.executable, "-m", "pip", "--python", python, "install", *flags, LSGM_FAST_BUILD="cpu")
+    found = json.loads(run(python, "-c", LOADED, cwd=tmp_path))
+    assert found["loaded"], found["reason"]
+    assert Path(found["path"]).samefile(tree / "lsgm_fast" / "_lib" / "liblsgm_fast_ops_cpu.so")
+    # A later build without the libraries takes them away.
+    run(sys.executable, "setup.py", "build_native", "--inplace", cwd=tree)
+    assert [p.name for p in (tree / "lsgm_fast" / "_lib").iterdir()] == ["build.json"]
+    assert "LSGM_FAST_BUILD=none" in json.loads(run(python, "-c", LOADED, cwd=tmp_path))["reason"]
 
 
 def test_source_tree_without_installing(tree, tmp_path):

@@ -10,8 +10,10 @@ Runs the parts in order, goes on after a failure, and exits non-zero if any part
 
 parts (default: all)
   env                      hardware, driver, versions, commit, clocks, load
+  build                    the compiled libraries, into the source tree; skipped where LSGM_FAST_LIBRARY_PATH names some
   tests                    the test suite, with the GPU visible
   kernels                  every fused kernel against float64 on all sample inputs, and under compute-sanitizer
+  ops                      fused operations against eager and torch.compile, with achieved bandwidth
   time-small               mnist, omniglot
   time-cifar               cifar10-fid (cifar10-balanced has the same networks)
   time-cifar-nll           cifar10-nll
@@ -40,18 +42,19 @@ die() {
   exit 2
 }
 
-all_parts=(env tests kernels time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
+all_parts=(env build tests kernels ops time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
 parts=()
 budget=420
 dry_run=0
 timing=()
+ops=()
 common=()
 
 while (($#)); do
   case $1 in
     --budget) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--budget expects seconds, got '${2:-}'"; budget=$2; shift ;;
     --dry-run) dry_run=1 ;;
-    --force) timing+=(--force) ;;
+    --force) timing+=(--force); ops+=(--force) ;;
     --no-solved) timing+=(--no-solved) ;;
     --commit) [[ -n ${2:-} ]] || die "--commit expects a commit"; common+=(--commit "$2"); shift ;;
     -h | --help) usage; exit 0 ;;
@@ -88,6 +91,7 @@ if ((dry_run)); then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   common+=(--device cpu --dry-run)
   timing+=(--force --batch 2 --repeats 3 3)
+  ops+=(--quick --rounds 3 --force)
 else
   common+=(--device cuda)
 fi
@@ -118,6 +122,14 @@ run_part() {
   case $1 in
     env) limited "$python" -m benchmarks.validation env "${common[@]}" ;;
     tests) limited "$python" -m benchmarks.validation tests "${common[@]}" --budget "$budget" ;;
+    build)
+      if [[ -n ${LSGM_FAST_LIBRARY_PATH:-} ]]; then
+        echo "using the libraries in $LSGM_FAST_LIBRARY_PATH"
+      else
+        LSGM_FAST_BUILD=$( ((dry_run)) && echo cpu || echo cuda) limited "$python" setup.py build_native --inplace
+      fi
+      ;;
+    ops) limited "$python" -m benchmarks.ops --name ops --budget "$budget" ${ops[@]+"${ops[@]}"} "${common[@]}" ;;
     kernels) limited "$python" -m benchmarks.kernels "${common[@]}" --budget "$budget" ;;
     time-*)
       read -ra presets <<<"$(presets_of "$1")"

@@ -7,9 +7,12 @@ import torch
 
 def same_shape(name: str, **tensors: torch.Tensor) -> None:
     """All tensors must have one shape."""
+    values = iter(tensors.values())
+    first = next(values).shape
+    if all(t.shape == first for t in values):
+        return
     shapes = {key: tuple(t.shape) for key, t in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"{name} expects tensors of one shape, got {shapes}")
+    raise ValueError(f"{name} expects tensors of one shape, got {shapes}")
 
 
 def per_sample(name: str, x: torch.Tensor, **scalars: torch.Tensor | float) -> None:
@@ -23,7 +26,10 @@ def per_sample(name: str, x: torch.Tensor, **scalars: torch.Tensor | float) -> N
 
 def mixing_logit(name: str, x: torch.Tensor, logit: torch.Tensor | None) -> None:
     """The mixing logit must be (1, C, 1, ...) for ``x`` (B, C, ...), or None."""
-    if logit is not None and (x.dim() < 2 or logit.shape != (1, x.shape[1], *([1] * (x.dim() - 2)))):
+    if logit is None:
+        return
+    shape, dims = logit.shape, x.dim()
+    if dims < 2 or len(shape) != dims or shape[1] != x.shape[1] or shape.numel() != shape[1]:
         raise ValueError(
             f"{name}: mixing_logit must be (1, C, 1, 1) for x {tuple(x.shape)}, got {tuple(logit.shape)}"
         )

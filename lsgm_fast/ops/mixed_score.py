@@ -39,9 +39,12 @@ def mixed_score(
 
     Source: LSGM, section 3.2 ("Mixing normal and neural score functions"), equation 8.
     """
-    _checks.same_shape("mixed_score", eps=eps, z=z)
+    # Called at every evaluation of a sampler: what is nearly always true is asked first.
+    if eps.shape != z.shape:
+        _checks.same_shape("mixed_score", eps=eps, z=z)
     _checks.mixing_logit("mixed_score", z, mixing_logit)
-    _checks.per_sample("mixed_score", z, r=r)
+    if isinstance(r, torch.Tensor) and r.dim() > 0:
+        _checks.per_sample("mixed_score", z, r=r)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,17 +54,36 @@ def _reasons(
     eps: torch.Tensor, z: torch.Tensor, mixing_logit: torch.Tensor | None, r: torch.Tensor | float
 ) -> list[str]:
     why = []
+    device = z.device
     if mixing_logit is None:
         why.append("mixing_logit is None: the result is eps, there is nothing to fuse")
-    elif mixing_logit.device != z.device:
-        why.append(f"mixing_logit is on {mixing_logit.device}, z on {z.device}")
+    elif mixing_logit.device != device:
+        why.append(f"mixing_logit is on {mixing_logit.device}, z on {device}")
     if eps.dtype not in _DTYPES or z.dtype not in _DTYPES:
         why.append(f"dtypes {eps.dtype} and {z.dtype}: float32, float64, bfloat16 and float16 are supported")
-    if eps.device != z.device:
-        why.append(f"eps is on {eps.device}, z on {z.device}")
+    if eps.device != device:
+        why.append(f"eps is on {eps.device}, z on {device}")
     if isinstance(r, torch.Tensor) and r.requires_grad and torch.is_grad_enabled():
         why.append("r requires a gradient: it is a function of time, not learned")
     return why
+
+
+# Elements from which forward and backward together pay on the CPU; without gradients the kernel always does.
+_CPU_TRAINING_BREAK_EVEN = 65536
+
+
+def _small_training_step(
+    eps: torch.Tensor, z: torch.Tensor, mixing_logit: torch.Tensor | None, r: torch.Tensor | float
+) -> list[str]:
+    if (
+        z.numel() < _CPU_TRAINING_BREAK_EVEN
+        and torch.is_grad_enabled()
+        and (
+            eps.requires_grad or z.requires_grad or (mixing_logit is not None and mixing_logit.requires_grad)
+        )
+    ):
+        return [f"with gradients it pays from {_CPU_TRAINING_BREAK_EVEN} elements, here are {z.numel()}"]
+    return []
 
 
 def _dense_format(x: torch.Tensor) -> torch.memory_format:
@@ -76,9 +98,7 @@ def _prepare(
 ) -> tuple[torch.Tensor, ...]:
     memory_format = _dense_format(z)
     if not isinstance(r, torch.Tensor):
-        r = torch.full(
-            (), r, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32, device=z.device
-        )
+        r = torch.full((), r, dtype=torch.float64, device=z.device)
     elif r.device != z.device or r.dtype not in (torch.float32, torch.float64):
         r = r.to(z.device, torch.float32)
     if mixing_logit.dtype not in (torch.float32, torch.float64):
@@ -110,6 +130,7 @@ fused.register(
     prepare=_prepare,
     reasons=_reasons,
     priorities={"cpu": 30, "cuda": 30, "triton": 20},
+    auto_reasons={"cpu": _small_training_step},
     backward=fused.Backward(
         schema="(Tensor grad, Tensor eps, Tensor z, Tensor mixing_logit, Tensor r) -> (Tensor, Tensor, Tensor)",
         fake=lambda grad, eps, z, mixing_logit, r: (

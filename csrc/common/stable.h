@@ -1,0 +1,76 @@
+// What registrations need from PyTorch, through its stable ABI only: no symbol of a particular PyTorch or Python
+// version.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(LSGM_CUDA)
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include <sstream>
+#include <string>
+
+#include "common/dtypes.h"
+
+namespace lsgm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+static inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
+          ": expected float32, float64, float16 or bfloat16");
+  }
+  return DType::float32;
+}
+
+static inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ")";
+  return text.str();
+}
+
+static inline std::string strides_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.stride(d);
+  text << ")";
+  return text.str();
+}
+
+static inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
+// Same place in memory for every element; the stride of an axis of size 1 means nothing.
+static inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+static inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+}  // namespace lsgm

@@ -1,0 +1,158 @@
+// mixed_score: out = (1 - a) r z + a eps, a = sigmoid(logit) per channel, r shared or per sample.
+//
+//   grad_eps      = a g
+//   grad_z        = (1 - a) r g
+//   grad_logit[c] = a (1 - a) sum over samples and positions of g (eps - r z)
+//
+// This header is what the CPU and the CUDA code share: the arithmetic, and the description of one call. No torch.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtypes.h"
+#include "common/indexing.h"
+#include "common/macros.h"
+
+namespace lsgm {
+namespace mixed_score {
+
+// A strided vector of float32 or float64.
+struct Scalars {
+  const void* data;
+  DType dtype;
+  int64_t stride;
+};
+
+// One call. eps, z, grad and the results lie in the same order of memory; z, out, grad and grad_z have z's type, eps
+// and grad_eps eps' type, grad_logit (dense) the logit's type.
+struct Problem {
+  Order order;
+  int64_t batch, channels, spatial;
+  Segments segments;  // made by cpu::plan or cuda::plan
+  DType eps_dtype, z_dtype;
+  const void* eps;
+  const void* z;
+  Scalars logit;  // `channels` values
+  Scalars r;      // `batch` values, or one with stride 0
+  void* out;
+
+  const void* grad;
+  void* grad_eps;
+  void* grad_z;
+  void* grad_logit;
+  double* partials;   // [batch * segments.per_run][channels]: sums of g (eps - r z) over one segment
+  const void* table;  // CPU: a and 1 - a of every channel, in the type of the arithmetic
+};
+
+LSGM_HD float exp_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  return std::exp(x);
+#endif
+}
+LSGM_HD double exp_of(double x) {
+#if defined(__CUDA_ARCH__)
+  return exp(x);
+#else
+  return std::exp(x);
+#endif
+}
+
+template <class C>
+LSGM_HD C scalar_at(const Scalars& s, int64_t i) {
+  i *= s.stride;
+  return s.dtype == DType::float64 ? static_cast<C>(static_cast<const double*>(s.data)[i])
+                                   : static_cast<C>(static_cast<const float*>(s.data)[i]);
+}
+
+template <class C>
+struct Mix {
+  C network;  // a
+  C normal;   // 1 - a, without cancellation where a is close to 1
+};
+
+template <class C>
+LSGM_HD Mix<C> mix_of(C logit) {
+  const C e = exp_of(logit < C(0) ? logit : -logit);  // at most 1, so nothing overflows; NaN stays NaN
+  const C large = C(1) / (C(1) + e);
+  const C small = e / (C(1) + e);
+  Mix<C> mix;
+  mix.network = logit < C(0) ? small : large;
+  mix.normal = logit < C(0) ? large : small;
+  return mix;
+}
+
+// `weight` is (1 - a) r.
+template <class C>
+LSGM_HD C value(C network, C weight, C eps, C z) {
+  return network * eps + weight * z;
+}
+
+// One element's part of grad_logit / (a (1 - a)).
+template <class C>
+LSGM_HD C logit_term(C grad, C r, C eps, C z) {
+  return grad * (eps - r * z);
+}
+
+LSGM_HD double logit_gradient(const Scalars& logit, int64_t channel, double total) {
+  const Mix<double> mix = mix_of(scalar_at<double>(logit, channel));
+  return mix.network * mix.normal * total;
+}
+
+LSGM_HD void store_logit_gradient(const Problem& p, int64_t channel, double total) {
+  const double gradient = logit_gradient(p.logit, channel, total);
+  if (p.logit.dtype == DType::float64) {
+    static_cast<double*>(p.grad_logit)[channel] = gradient;
+  } else {
+    static_cast<float*>(p.grad_logit)[channel] = static_cast<float>(gradient);
+  }
+}
+
+LSGM_HD bool computes_in_double(const Problem& p) {
+  return p.eps_dtype == DType::float64 || p.z_dtype == DType::float64;
+}
+
+LSGM_HD int64_t elements(const Problem& p) { return p.batch * p.channels * p.spatial; }
+
+// Rows of `partials`.
+LSGM_HD int64_t partial_rows(const Problem& p) { return p.batch * p.segments.per_run; }
+
+// CPU. `plan` makes the segments; `fill_table` wants room for 2 * channels doubles; `forward` and `backward` do the
+// segments [begin, end) and may run in several threads; `finish` sums the partials in a fixed order.
+namespace cpu {
+
+void plan(Problem& p);
+int64_t grain(const Problem& p);  // segments below which a second thread does not pay
+void fill_table(const Problem& p, void* table);
+void forward(const Problem& p, int64_t begin, int64_t end);
+void backward(const Problem& p, int64_t begin, int64_t end);
+void finish(const Problem& p);
+
+}  // namespace cpu
+
+#define LSGM_MIXED_SCORE_CPU_KERNELS                          \
+  void forward(const Problem& p, int64_t begin, int64_t end); \
+  void backward(const Problem& p, int64_t begin, int64_t end);
+
+namespace scalar {
+LSGM_MIXED_SCORE_CPU_KERNELS
+}
+namespace avx2 {
+LSGM_MIXED_SCORE_CPU_KERNELS
+}
+#undef LSGM_MIXED_SCORE_CPU_KERNELS
+
+// CUDA: on `stream` (a cudaStream_t) of the current device. A failed launch throws std::runtime_error.
+namespace cuda {
+
+void plan(Problem& p);
+void forward(const Problem& p, void* stream);
+void backward(const Problem& p, void* stream);
+
+}  // namespace cuda
+
+}  // namespace mixed_score
+}  // namespace lsgm

@@ -1,0 +1,540 @@
+"""Compiles every GPU kernel ahead of time, with no GPU at hand, and reads what the compilers made of it.
+
+``kernels/*.py`` (Triton, its list ``AOT``) and ``csrc/*/cuda.cu`` (nvcc) are compiled to machine code for
+:data:`TARGETS`. For each kernel: registers per thread, bytes spilled to local memory, shared memory (from ptxas'
+own report), and the widths of the loads from and stores to global memory (from the disassembly).
+
+    python -m lsgm_fast.aot                          print the table
+    python -m lsgm_fast.aot --write docs/kernels.md  write it
+    python -m lsgm_fast.aot --check docs/kernels.md  exit with 1 where it is not what the sources give
+
+Works on a source tree and needs Triton for the Triton kernels (the wheel brings ptxas and nvdisasm) and nvcc for the
+CUDA sources. Results are kept in the cache folder under a hash of sources and compiler versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lsgm_fast import env, files
+
+TARGETS = (80, 90)
+"""Compute capabilities (x 10) that are compiled for."""
+
+LANGUAGES = ("triton", "cuda")
+
+_PACKAGE = Path(__file__).resolve().parent
+_ROOT = _PACKAGE.parent
+
+NVCC_FLAGS = ("-O3", "-std=c++17")
+"""As in the build; the kernels' sources include nothing of PyTorch."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel uses on one target.
+
+    ``registers`` per thread; ``spilled`` bytes per thread of spill stores and loads, and of any other stack frame;
+    ``shared`` bytes per block; ``loads`` and ``stores``: width in bits -> number of instructions on global memory.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled specialisation.
+
+    ``widest``: bits that its widest load and its widest store must reach (None: nothing was promised). Triton kernels
+    give it in ``AotSpec``. A CUDA kernel whose last template argument is a number N > 1 handles N elements at a time:
+    it promises 128.
+    """
+
+    op: str
+    name: str
+    case: str
+    widest: int | None
+    resources: dict[int, Resources]
+
+    def problems(self) -> list[str]:
+        """Why this machine code is not good enough, one sentence for each fault; empty where it is."""
+        found = []
+        for target, used in sorted(self.resources.items()):
+            where = f"{self.op} {self.name} ({self.case}) on sm_{target}"
+            if used.spilled:
+                found.append(f"{where} spills {used.spilled} bytes per thread")
+            for kind, widths in (("load", used.loads), ("store", used.stores)):
+                widest = max(widths, default=0)
+                if self.widest is not None and widest < self.widest:
+                    found.append(f"{where}: the widest {kind} is {widest} bits, expected {self.widest}")
+        return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """All kernels of one language. ``compiler``: its versions. ``missing``: why nothing could be compiled."""
+
+    language: str
+    compiler: str
+    kernels: tuple[Kernel, ...]
+    missing: str | None = None
+
+
+def report(language: str) -> Report:
+    """Compile every kernel of ``language`` ("triton" or "cuda") for every target, or take it from the cache.
+
+    Raises:
+        RuntimeError: a kernel does not compile, or a Triton kernel is in no ``AOT`` list.
+    """
+    missing, compiler, ops, sources, build = {
+        "triton": (_triton_missing, _triton_version, _triton_ops, _triton_sources, _build_triton),
+        "cuda": (_cuda_missing, _cuda_version, _cuda_ops, _cuda_sources, _build_cuda),
+    }[language]
+    reason = missing()
+    if reason is not None:
+        return Report(language, "", (), reason)
+    version = compiler()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda op: _cached(language, op, version, sources(op), build), ops())
+        return Report(language, version, tuple(kernel for kernels in found for kernel in kernels))
+
+
+def _cached(
+    language: str, op: str, version: str, sources: Sequence[Path], build: Callable[[str], list[Kernel]]
+) -> list[Kernel]:
+    digest = hashlib.sha256(repr((version, TARGETS, NVCC_FLAGS)).encode())
+    for path in [Path(__file__), *sources]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    path = env.cache_dir() / "aot" / f"{language}-{op}-{digest.hexdigest()[:20]}.json"
+    # A file that cannot be read, or written below, is as good as none: the cache saves time and decides nothing.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return [_from_json(entry) for entry in json.loads(path.read_text())]
+    kernels = build(op)
+    with contextlib.suppress(OSError), files.atomic_path(path, make_folders=True) as temporary:
+        temporary.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+    return kernels
+
+
+def _from_json(entry: dict[str, Any]) -> Kernel:
+    def numbers(values: dict[str, int]) -> dict[int, int]:
+        return {int(key): value for key, value in values.items()}
+
+    resources = {
+        int(target): Resources(
+            used["registers"],
+            used["spilled"],
+            used["shared"],
+            numbers(used["loads"]),
+            numbers(used["stores"]),
+        )
+        for target, used in entry["resources"].items()
+    }
+    return Kernel(entry["op"], entry["name"], entry["case"], entry["widest"], resources)
+
+
+# --- Reading the compilers' output -----------------------------------------------------------------------------------
+
+_ENTRY = re.compile(r"Compiling entry function '(?P<name>[^']+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def parse_ptxas(log: str) -> dict[str, tuple[int, int, int]]:
+    """(registers, spilled bytes, static shared bytes) of every kernel in the output of ``ptxas -v``.
+
+    Spilled: spill stores plus spill loads, or the stack frame where it is larger (local arrays).
+    """
+    found = {}
+    entries = list(_ENTRY.finditer(log))
+    for entry, following in zip(entries, [*(e.start() for e in entries[1:]), len(log)], strict=True):
+        text = log[entry.end() : following]
+        spills, registers, shared = _SPILLS.search(text), _REGISTERS.search(text), _SHARED.search(text)
+        if spills is None or registers is None:
+            raise RuntimeError(f"this output of ptxas -v is not understood:\n{log}")
+        frame, stored, loaded = map(int, spills.groups())
+        found[entry["name"]] = (
+            int(registers[1]),
+            max(frame, stored + loaded),
+            int(shared[1]) if shared else 0,
+        )
+    return found
+
+
+_SECTION = re.compile(r"^\s*\.section\s+\.text\.(?P<name>[^,\s]+)", re.MULTILINE)
+_ACCESS = re.compile(r"\b(?P<op>LDGSTS|LDG|STG)(?P<modifiers>(?:\.\w+)*)")
+_WIDTHS = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "16": 16, "U8": 8, "S8": 8, "8": 8}
+
+
+def parse_sass(sass: str) -> dict[str, tuple[dict[int, int], dict[int, int]]]:
+    """(loads, stores) of every kernel in the output of ``nvdisasm -c``: width in bits -> number of instructions."""
+    found = {}
+    sections = list(_SECTION.finditer(sass))
+    for section, following in zip(sections, [*(s.start() for s in sections[1:]), len(sass)], strict=True):
+        loads: Counter[int] = Counter()
+        stores: Counter[int] = Counter()
+        for access in _ACCESS.finditer(sass, section.end(), following):
+            widths = (_WIDTHS.get(modifier) for modifier in access["modifiers"].split("."))
+            (stores if access["op"] == "STG" else loads)[next(filter(None, widths), 32)] += 1
+        found[section["name"]] = (dict(sorted(loads.items())), dict(sorted(stores.items())))
+    return found
+
+
+def _disassemble(cubin: bytes) -> dict[str, tuple[dict[int, int], dict[int, int]]]:
+    tool = _nvdisasm()
+    assert tool is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return parse_sass(_output([tool, "-c", path]))
+
+
+def _output(command: Sequence[str | Path], **environment: str | None) -> str:
+    """Standard output and errors of a command; a value of None takes a variable out of its environment."""
+    variables = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"{' '.join(map(str, command))}\nfailed with status {done.returncode}:\n{done.stdout}"
+        )
+    return done.stdout
+
+
+def _release(tool: str | Path) -> str:
+    found = re.search(r"release [\d.]+, V([\d.]+)", _output([tool, "--version"]))
+    return found[1] if found else "of unknown version"
+
+
+def _package(name: str) -> Path | None:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+@functools.cache
+def _nvdisasm() -> str | None:
+    triton = _package("triton")
+    bundled = triton / "backends" / "nvidia" / "bin" / "nvdisasm" if triton else None
+    return str(bundled) if bundled is not None and bundled.exists() else shutil.which("nvdisasm")
+
+
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+def _kernels_folder() -> Path:
+    inside = _PACKAGE / "kernels"
+    return inside if inside.exists() else _ROOT / "kernels"
+
+
+def _triton_ops() -> list[str]:
+    return sorted(p.stem for p in _kernels_folder().glob("*.py") if not p.stem.startswith("_"))
+
+
+def _triton_sources(op: str) -> list[Path]:
+    return [*sorted(_kernels_folder().glob("_*.py")), _kernels_folder() / f"{op}.py"]
+
+
+def _triton_missing() -> str | None:
+    if _package("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if _nvdisasm() is None:
+        return "nvdisasm is neither in the Triton package nor on the PATH: install the CUDA toolkit"
+    return None
+
+
+@functools.cache
+def _triton_version() -> str:
+    # In a process of its own, as the compilation itself: this one may have set TRITON_INTERPRET.
+    return _child("--triton-version")
+
+
+def _build_triton(op: str) -> list[Kernel]:
+    return [_from_json(entry) for entry in json.loads(_child("--compile-triton", op))]
+
+
+def _child(*arguments: str) -> str:
+    """The last line that this module prints when run in a process that compiles Triton kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = _output(
+            [sys.executable, "-m", "lsgm_fast.aot", *arguments],
+            # Functions that Triton interprets cannot be compiled; a kernel from Triton's own cache brings no log.
+            TRITON_INTERPRET=None,
+            TRITON_CACHE_DIR=folder,
+            PYTHONPATH=os.pathsep.join([str(_ROOT), *sys.path]),
+        )
+    return output.strip().splitlines()[-1]
+
+
+def _compile_triton(op: str) -> list[Kernel]:
+    """Runs in the child process."""
+    from triton.runtime.jit import JITFunction
+
+    module = importlib.import_module(f"lsgm_fast.kernels.{op}")
+    launched = {n for n, v in vars(module).items() if isinstance(v, JITFunction) and n.endswith("_kernel")}
+    listed = {spec.kernel.__name__ for spec in getattr(module, "AOT", [])}
+    if launched != listed:
+        raise RuntimeError(
+            f"kernels/{op}.py defines the kernels {sorted(launched)}, its list AOT has {sorted(listed)}"
+        )
+    return [
+        Kernel(
+            op,
+            spec.kernel.__name__,
+            spec.label,
+            spec.widest,
+            {target: _compile_spec(spec, target) for target in TARGETS},
+        )
+        for spec in module.AOT
+    ]
+
+
+def _compile_spec(spec: Any, target: int) -> Resources:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = spec.kernel.arg_names
+    constants = {(i,): spec.options[name] for i, name in enumerate(names) if name in spec.options}
+    options = {name: value for name, value in spec.options.items() if name not in names}
+    types = [spec.signature.get(name, "constexpr") for name in names]
+    source = ASTSource(
+        fn=spec.kernel,
+        signature={name: kind.removesuffix(":16") for name, kind in zip(names, types, strict=True)},
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind.endswith(":16")},
+    )
+    triton.knobs.nvidia.dump_ptxas_log = True
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    ((registers, spilled, _),) = parse_ptxas(log.getvalue()).values()
+    ((loads, stores),) = _disassemble(compiled.asm["cubin"]).values()
+    # Triton asks for its shared memory at launch.
+    return Resources(registers, spilled, compiled.metadata.shared, loads, stores)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def _cuda_ops() -> list[str]:
+    return sorted(p.parent.name for p in (_ROOT / "csrc").glob("*/cuda.cu"))
+
+
+def _cuda_sources(op: str) -> list[Path]:
+    folders = (_ROOT / "csrc" / folder for folder in ("common", op))
+    return sorted(p for f in folders for p in f.rglob("*") if p.suffix in (".cu", ".cuh", ".h"))
+
+
+def _cuda_missing() -> str | None:
+    if not _cuda_ops():
+        return "there is no csrc/<operation>/cuda.cu beside this package: run it from a source tree"
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on the PATH: install the CUDA toolkit"
+    if shutil.which("c++filt") is None:
+        return "c++filt is not on the PATH: install binutils"
+    if _nvdisasm() is None:
+        return "nvdisasm is neither in the Triton package nor on the PATH: install the CUDA toolkit or Triton"
+    return None
+
+
+@functools.cache
+def _cuda_version() -> str:
+    return f"nvcc {_release('nvcc')}"
+
+
+def _build_cuda(op: str) -> list[Kernel]:
+    used: dict[str, dict[int, Resources]] = {}
+    for target in TARGETS:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernels.cubin"
+            source = _ROOT / "csrc" / op / "cuda.cu"
+            flags = ["-cubin", f"-arch=sm_{target}", "-Xptxas", "-v", *NVCC_FLAGS, f"-I{_ROOT / 'csrc'}"]
+            log = parse_ptxas(_output(["nvcc", *flags, source, "-o", cubin]))
+            accesses = _disassemble(cubin.read_bytes())
+        for mangled, (registers, spilled, shared) in log.items():
+            used.setdefault(mangled, {})[target] = Resources(registers, spilled, shared, *accesses[mangled])
+    kernels = []
+    for demangled, resources in zip(_output(["c++filt", *used]).splitlines(), used.values(), strict=True):
+        name, case = _split_name(demangled)
+        vector = re.search(r"(?:^|, )(\d+)$", case)
+        kernels.append(Kernel(op, name, case, 128 if vector and int(vector[1]) > 1 else None, resources))
+    return sorted(kernels, key=lambda kernel: (kernel.name, kernel.case))
+
+
+def _split_name(demangled: str) -> tuple[str, str]:
+    """``"void a::kernel<float, 4>(float*)"`` -> ``("kernel", "float, 4")``."""
+    head = re.sub(r"\(anonymous namespace\)::", "", demangled).split("(")[0].removeprefix("void ")
+    name, _, parameters = head.partition("<")
+    short = re.sub(r"\b(?:\w+::)+", "", parameters.removesuffix(">"))
+    return name.rsplit("::", 1)[-1], short
+
+
+# --- The document ----------------------------------------------------------------------------------------------------
+
+_TITLE = {"triton": "Triton", "cuda": "CUDA C++"}
+
+_INTRODUCTION = """# What the compilers make of the GPU kernels
+
+Generated by `python -m lsgm_fast.aot --write docs/kernels.md`, with no GPU; do not edit. `tests/test_aot.py` compiles
+everything again, requires that nothing spills and that accesses are as wide as promised, and compares with these
+numbers where the compilers are the same.
+
+Each kernel is compiled to machine code for sm_80 (A100) and sm_90 (H100); `a / b` gives both where they differ.
+
+- **registers** per thread and **spilled** bytes per thread: from the report of `ptxas -v`.
+- **shared**: bytes per block, without what the system reserves.
+- **loads**, **stores**: instructions on global memory in the disassembly (`nvdisasm`), number × width in bits, widest
+  first. 128 bits is the widest on these targets; narrow ones fetch parameters or store sums.
+"""
+
+
+def render(reports: Iterable[Report], previous: str = "") -> str:
+    """The text of ``docs/kernels.md``. A language that cannot be compiled here keeps its part of ``previous``."""
+    old = _parts(previous)
+    texts = []
+    for found in reports:
+        if found.missing is None:
+            texts.append(_section(found))
+        elif found.language in old:
+            texts.append(old[found.language])
+    return "\n".join([_INTRODUCTION, *texts])
+
+
+def _section(found: Report) -> str:
+    lines = [f"## {_TITLE[found.language]}", "", f"Compiled by {found.compiler}.", ""]
+    heads = ("operation", "kernel", "case", "registers", "spilled", "shared", "loads", "stores")
+    lines.append(f"| {' | '.join(heads)} |")
+    lines.append(f"|{'|'.join('--:' if h in ('registers', 'spilled', 'shared') else '---' for h in heads)}|")
+    for kernel in sorted(found.kernels, key=lambda k: (k.op, k.name)):
+        used = [kernel.resources[target] for target in TARGETS]
+        cells = [
+            kernel.op,
+            f"`{kernel.name}`",
+            kernel.case,
+            *(_both(str(getattr(u, name)) for u in used) for name in ("registers", "spilled", "shared")),
+            *(_both(_widths(getattr(u, name)) for u in used) for name in ("loads", "stores")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _both(values: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(values)) or "-"
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return ", ".join(f"{n}×{width}" for width, n in sorted(counts.items(), reverse=True)) or "none"
+
+
+def _parts(document: str) -> dict[str, str]:
+    """The document's sections by language."""
+    found = {}
+    for language, title in _TITLE.items():
+        match = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", document, re.MULTILINE | re.DOTALL)
+        if match is not None:
+            found[language] = match[0].rstrip("\n") + "\n"
+    return found
+
+
+def differences(document: str, reports: Iterable[Report]) -> list[str]:
+    """Where ``document`` is not what the sources give, one sentence each; empty where it is up to date.
+
+    Numbers are compared where the document was made by the same compilers; else only the list of kernels is.
+    """
+    parts = _parts(document)
+    found = []
+    for current in reports:
+        if current.missing is not None:
+            continue
+        expected = _section(current).splitlines()
+        written = parts.get(current.language, "").splitlines()
+        if not written:
+            found.append(f"there is no section {_TITLE[current.language]!r}")
+            continue
+        if expected[2] != written[2]:
+            expected, written = (
+                [" | ".join(line.split(" | ")[:3]) for line in lines[4:]] for lines in (expected, written)
+            )
+        found += [f"missing: {line}" for line in expected if line not in written]
+        found += [f"no longer so: {line}" for line in written if line not in expected]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lsgm_fast.aot", description=__doc__.split("\n", 1)[0])
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", type=Path, metavar="FILE", help="write the table")
+    action.add_argument(
+        "--check", type=Path, metavar="FILE", help="exit with 1 where the table is out of date"
+    )
+    # What the child process is asked for.
+    action.add_argument("--compile-triton", metavar="OP", help=argparse.SUPPRESS)
+    action.add_argument("--triton-version", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.compile_triton:
+        print(json.dumps([asdict(kernel) for kernel in _compile_triton(chosen.compile_triton)]))
+        return 0
+    if chosen.triton_version:
+        import triton
+
+        print(f"triton {triton.__version__}, ptxas {_release(triton.knobs.nvidia.ptxas.path)}")
+        return 0
+    return _run(chosen.write, chosen.check)
+
+
+def _run(write: Path | None, check: Path | None) -> int:
+    reports = [report(language) for language in LANGUAGES]
+    for found in reports:
+        if found.missing is not None:
+            print(f"{_TITLE[found.language]} left out: {found.missing}", file=sys.stderr)
+    if check is not None:
+        stale = differences(check.read_text() if check.exists() else "", reports)
+        for line in stale:
+            print(line, file=sys.stderr)
+        if stale:
+            print(f"{check} is out of date: python -m lsgm_fast.aot --write {check}", file=sys.stderr)
+        return 1 if stale else 0
+    problems = [problem for found in reports for kernel in found.kernels for problem in kernel.problems()]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if write is None:
+        print(render(reports))
+        return 1 if problems else 0
+    with files.atomic_path(write, make_folders=True) as temporary:
+        temporary.write_text(render(reports, write.read_text() if write.exists() else ""))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

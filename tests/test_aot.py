@@ -1,0 +1,229 @@
+"""Every GPU kernel compiles for every target, spills nothing and has wide accesses; docs/kernels.md is up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from lsgm_fast import aot
+
+ROOT = Path(aot.__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "kernels.md"
+
+
+@pytest.fixture(scope="module", params=aot.LANGUAGES)
+def report(request) -> aot.Report:
+    found = aot.report(request.param)
+    if found.missing is not None:
+        pytest.skip(found.missing)
+    return found
+
+
+def test_every_kernel_compiles_without_spills_and_with_wide_accesses(report):
+    assert report.kernels
+    for kernel in report.kernels:
+        assert set(kernel.resources) == set(aot.TARGETS)
+        for used in kernel.resources.values():
+            assert 0 < used.registers <= 255
+            assert used.stores, f"{kernel.name} writes nothing"
+    assert [problem for kernel in report.kernels for problem in kernel.problems()] == []
+
+
+def test_every_operation_promises_wide_accesses(report):
+    wide = {kernel.op for kernel in report.kernels if kernel.widest == 128}
+    assert wide == {kernel.op for kernel in report.kernels}
+
+
+def test_every_source_is_compiled(report):
+    sources = {
+        "triton": [p.stem for p in (ROOT / "kernels").glob("[!_]*.py")],
+        "cuda": [p.parent.name for p in (ROOT / "csrc").glob("*/cuda.cu")],
+    }[report.language]
+    assert {kernel.op for kernel in report.kernels} == set(sources)
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
+def test_document_is_up_to_date(report):
+    stale = aot.differences(DOCUMENT.read_text() if DOCUMENT.exists() else "", [report])
+    assert stale == [], "python -m lsgm_fast.aot --write docs/kernels.md"
+
+
+def test_second_report_comes_from_the_cache(report, monkeypatch):
+    def compiles(op):
+        raise AssertionError(f"{op} was compiled again")
+
+    monkeypatch.setattr(aot, "_build_triton", compiles)
+    monkeypatch.setattr(aot, "_build_cuda", compiles)
+    assert aot.report(report.language) == report
+
+
+# --- The parts that need no compiler ---------------------------------------------------------------------------------
+
+USED = aot.Resources(32, 0, 0, {32: 1, 128: 2}, {128: 1})
+KERNEL = aot.Kernel("op", "kernel", "fp32", 128, {80: USED, 90: USED})
+REPORT = aot.Report("triton", "triton 1.2.3, ptxas 4.5", (KERNEL,))
+
+
+def changed(**values) -> aot.Kernel:
+    return dataclasses.replace(KERNEL, resources={80: USED, 90: dataclasses.replace(USED, **values)})
+
+
+def with_kernels(*kernels: aot.Kernel) -> aot.Report:
+    return dataclasses.replace(REPORT, kernels=kernels)
+
+
+def test_problems_are_found():
+    assert KERNEL.problems() == []
+    assert changed(spilled=8).problems() == ["op kernel (fp32) on sm_90 spills 8 bytes per thread"]
+    assert "widest load is 64 bits, expected 128" in changed(loads={64: 4}).problems()[0]
+    assert "widest store is 0 bits, expected 128" in changed(stores={}).problems()[0]
+    assert dataclasses.replace(changed(stores={16: 1}), widest=None).problems() == []
+
+
+def test_document_detects_what_changed():
+    document = aot.render([REPORT])
+    assert aot.differences(document, [REPORT]) == []
+    for kernel in (changed(registers=33), changed(spilled=4), changed(loads={32: 3, 128: 2})):
+        found = aot.differences(document, [with_kernels(kernel)])
+        assert [line.split(":")[0] for line in found] == ["missing", "no longer so"]
+    other = dataclasses.replace(KERNEL, case="bf16")
+    assert len(aot.differences(document, [with_kernels(KERNEL, other)])) == 1
+    assert len(aot.differences(document, [with_kernels()])) == 1
+    assert aot.differences("", [REPORT]) == ["there is no section 'Triton'"]
+
+
+def test_other_compilers_may_give_other_numbers():
+    document = aot.render([REPORT])
+    newer = dataclasses.replace(with_kernels(changed(registers=40)), compiler="triton 9.9")
+    assert aot.differences(document, [newer]) == []
+    renamed = dataclasses.replace(newer, kernels=(dataclasses.replace(KERNEL, name="other"),))
+    assert len(aot.differences(document, [renamed])) == 2
+
+
+def test_missing_compiler_keeps_its_section_and_checks_nothing():
+    cuda = aot.Report("cuda", "nvcc 1", (dataclasses.replace(KERNEL, case="float, 4"),))
+    document = aot.render([REPORT, cuda])
+    absent = aot.Report("cuda", "", (), "nvcc is not on the PATH")
+    assert aot.render([REPORT, absent], document) == document
+    assert aot.differences(document, [REPORT, absent]) == []
+    assert "CUDA" not in aot.render([REPORT, absent])
+
+
+def test_table_shows_both_targets_where_they_differ():
+    (row,) = [
+        line for line in aot.render([with_kernels(changed(registers=40))]).splitlines() if "`kernel`" in line
+    ]
+    assert row == "| op | `kernel` | fp32 | 32 / 40 | 0 | 0 | 2×128, 1×32 | 1×128 |"
+
+
+LOG = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1av' for 'sm_90'
+ptxas info    : Function properties for _Z1av
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, used 1 barriers, 256 bytes smem
+ptxas info    : Compiling entry function '_Z1bv' for 'sm_90'
+ptxas info    : Function properties for _Z1bv
+    40 bytes stack frame, 24 bytes spill stores, 28 bytes spill loads
+ptxas info    : Used 255 registers, 360 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1cv' for 'sm_90'
+    400 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers
+"""
+
+
+def test_ptxas_log():
+    assert aot.parse_ptxas(LOG) == {"_Z1av": (10, 0, 256), "_Z1bv": (255, 52, 0), "_Z1cv": (32, 400, 0)}
+    with pytest.raises(RuntimeError, match="not understood"):
+        aot.parse_ptxas("ptxas info : Compiling entry function '_Z1av' for 'sm_90'\nsomething new")
+
+
+SASS = """
+	.section	.text._Z1av,"ax",@progbits
+.text._Z1av:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*0020*/                   LDG.E.LTC128B.64 R8, desc[UR4][R2.64] ;
+        /*0030*/              @!P0 LDG.E.U16 R8, [R2.64] ;
+        /*0040*/                   LDGSTS.E.BYPASS.128 [R7], [R2.64] ;
+        /*0050*/                   STS.128 [R0], R4 ;
+        /*0060*/                   STG.E desc[UR4][R2.64], R5 ;
+	.section	.nv.shared._Z1av,"aw",@nobits
+	.section	.text.b_kernel,"ax",@progbits
+        /*0000*/                   STG.E.U8 [R2.64], R5 ;
+        /*0010*/                   STG.E.128 [R2.64], R4 ;
+        /*0020*/                   LDL R4, [R1] ;
+"""
+
+
+def test_sass():
+    assert aot.parse_sass(SASS) == {
+        "_Z1av": ({16: 1, 64: 1, 128: 2}, {32: 1}),
+        "b_kernel": ({}, {8: 1, 128: 1}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("demangled", "expected"),
+    [
+        (
+            "void lsgm::a::k_kernel<float, lsgm::BFloat16, 4>(lsgm::P, int)",
+            ("k_kernel", "float, BFloat16, 4"),
+        ),
+        ("lsgm::(anonymous namespace)::finish(float*)", ("finish", "")),
+        ("forward_kernel", ("forward_kernel", "")),
+    ],
+)
+def test_kernel_names(demangled, expected):
+    assert aot._split_name(demangled) == expected
+
+
+def test_unreadable_cache_is_ignored(tmp_path, monkeypatch):
+    monkeypatch.setenv("LSGM_FAST_CACHE", str(tmp_path))
+    source = tmp_path / "source"
+    source.write_text("1")
+    built = []
+
+    def build(op):
+        built.append(op)
+        return [KERNEL]
+
+    def cached():
+        return aot._cached("triton", "op", "1.0", [source], build)
+
+    assert cached() == cached() == [KERNEL]
+    assert built == ["op"]
+    source.write_text("2")
+    assert cached() == [KERNEL]
+    assert built == ["op"] * 2
+    for path in (tmp_path / "aot").iterdir():
+        path.write_text("{")
+    assert cached() == [KERNEL]
+    assert built == ["op"] * 3
+    monkeypatch.setenv("LSGM_FAST_CACHE", str(source))
+    assert cached() == [KERNEL]
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    absent = aot.Report("cuda", "", (), "nvcc is not on the PATH")
+    reports = {"triton": REPORT, "cuda": absent}
+    monkeypatch.setattr(aot, "report", reports.__getitem__)
+    path = tmp_path / "docs" / "kernels.md"
+    assert aot.main(["--check", str(path)]) == 1
+    assert aot.main(["--write", str(path)]) == 0
+    assert path.read_text() == aot.render([REPORT])
+    assert aot.main(["--check", str(path)]) == 0
+    reports["triton"] = with_kernels(changed(spilled=8))
+    assert aot.main(["--check", str(path)]) == 1
+    capsys.readouterr()
+    assert aot.main([]) == 1
+    printed = capsys.readouterr()
+    assert "0 / 8" in printed.out
+    assert "spills 8 bytes" in printed.err
+    assert "CUDA C++ left out: nvcc is not on the PATH" in printed.err
+
+
+def test_cached_entries_survive_json():
+    assert aot._from_json(json.loads(json.dumps(dataclasses.asdict(KERNEL)))) == KERNEL
