@@ -70,6 +70,16 @@ _QUALITATIVE_SCORE = ScoreConfig(
     attention_levels=(2,),
     mixing_logit_init=-6.0,
 )
+_TINY_VAE = VAEConfig(
+    encoder_channels=16,
+    decoder_channels=16,
+    preprocess_cells=1,
+    postprocess_cells=1,
+    encoder_cells_per_group=1,
+    decoder_cells_per_group=1,
+    groups_per_scale=2,
+    latents_per_group=4,
+)
 _TINY_SCORE = ScoreConfig(
     channels=16, channel_mult=(1, 1), blocks_per_level=1, attention_levels=(0,), mixing_logit_init=-3.0
 )
@@ -145,50 +155,32 @@ PRESETS: dict[str, LSGMConfig] = {
         tol=1e-5,
     ),
     "tiny-rgb": LSGMConfig(
-        VAEConfig(
-            encoder_channels=16,
-            decoder_channels=16,
-            preprocess_cells=1,
-            postprocess_cells=1,
-            encoder_cells_per_group=1,
-            decoder_cells_per_group=1,
-            groups_per_scale=2,
-            latents_per_group=4,
-        ),
+        _TINY_VAE,
         _TINY_SCORE.replace(latent_channels=8, latent_size=16),
         SDEConfig(),
         SamplingConfig(tol=1e-2),
     ),
     "tiny-binary": LSGMConfig(
-        _DIGITS.replace(
-            encoder_channels=16,
-            decoder_channels=16,
+        _TINY_VAE.replace(
+            image_channels=1,
+            crop=2,
             channel_mult=(1, 2, 2),
             preprocess_blocks=2,
             postprocess_blocks=2,
-            preprocess_cells=1,
-            postprocess_cells=1,
-            encoder_cells_per_group=1,
-            decoder_cells_per_group=1,
-            groups_per_scale=2,
-            latents_per_group=4,
+            architecture="res_mbconv",
+            decoder_distribution="bernoulli",
         ),
         _TINY_SCORE.replace(latent_channels=8, latent_size=8, attention_levels=(), resample="plain"),
         SDEConfig(),
         SamplingConfig(tol=1e-2),
     ),
     "tiny-multiscale": LSGMConfig(
-        VAEConfig(
+        _TINY_VAE.replace(
             image_size=64,
             encoder_channels=8,
             decoder_channels=8,
             channel_mult=(1, 1, 2),
-            preprocess_cells=1,
-            postprocess_cells=1,
-            encoder_cells_per_group=1,
-            decoder_cells_per_group=1,
             latent_scales=2,
-            groups_per_scale=2,
             latents_per_group=3,
             flows_per_group=1,
             architecture="res_mbconv",
