@@ -134,7 +134,8 @@ def convert(
     """Convert between the published layout and ours, by the target's extension.
 
     ``*.safetensors``: ours. ``*.pt``: the published layout (``checkpoint_fid.pt`` kind; a stage-1 file if the model has
-    no prior), readable by the published code base.
+    no prior). The published code base derives the score network's channel multipliers and attention from the data
+    set's name, so it rebuilds published structures only; we read them off the weights.
 
     Raises:
         CheckpointError: the source cannot be loaded. ValueError: unknown extension of the target.
@@ -216,7 +217,7 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
             found = re.search(
                 r"WeightsUnpickler error: ([^\n]*?)( was not an allowed global|\n|$)", str(error)
             )
-            reason = found[1].strip() if found else "not a pickle that PyTorch wrote"
+            reason = (found[1].strip() if found else "") or "not a pickle that PyTorch wrote"
             raise CheckpointError(
                 f"{path} was refused: it is damaged, no checkpoint, or holds objects that could run code ({reason})"
             ) from error
@@ -348,6 +349,11 @@ def to_published(model: LSGM, dtype: torch.dtype | None = None) -> dict[str, Any
     """The dictionary of a published checkpoint: ``checkpoint_fid.pt`` layout, or stage 1 for a VAE alone."""
     if model.config is None or not isinstance(model.vae, NVAE):
         raise ValueError("only models with a configuration can be written in the published layout")
+    if model.config.vae.crop not in (0, 2):
+        raise ValueError(
+            f"crop={model.config.vae.crop} cannot be written in the published layout: it crops its 28x28 data sets "
+            "by 2 and others not at all; save as .safetensors"
+        )
 
     def state(network: nn.Module) -> OrderedDict[str, torch.Tensor]:
         ours = network.state_dict()
@@ -475,9 +481,12 @@ def _config_from_published(
         sigma2_min=args.get("sigma2_min", 1e-4),
         sigma2_max=args.get("sigma2_max", 0.99),
         time_eps=args.get("time_eps", 0.01),
+        parity=args.get("sde_parity", "exact"),
     )
     sampling = SamplingConfig(
-        ode_eps=args.get("eval_ode_eps", 1e-5), tol=args.get("eval_ode_solver_tol", 1e-5)
+        ode_eps=args.get("eval_ode_eps", 1e-5),
+        tol=args.get("eval_ode_solver_tol", 1e-5),
+        bn="batch" if args.get("vae_train_mode", False) else "running",
     )
     return LSGMConfig(vae_config, score_config, sde_config, sampling)
 
@@ -570,6 +579,9 @@ def _published_args(config: LSGMConfig) -> dict[str, Any]:
         "train_vae": True,
         "eval_ode_eps": config.sampling.ode_eps,
         "eval_ode_solver_tol": config.sampling.tol,
+        # Read back by us alone: command-line options of the published evaluation, which saves neither.
+        "vae_train_mode": config.sampling.bn == "batch",
+        "sde_parity": d.parity,
         "train_ode_eps": 1e-2,
         "train_ode_solver_tol": 1e-4,
         "autocast_train": False,

@@ -184,6 +184,10 @@ class ScoreConfig(_Config):
             raise unknown_name("resampling", self.resample, ("fir", "plain"))
         if self.embedding not in ("positional", "fourier"):
             raise unknown_name("time embedding", self.embedding, ("positional", "fourier"))
+        _require(
+            self.embedding_dim >= 4 and self.embedding_dim % 2 == 0,
+            f"embedding_dim must be even and at least 4, got {self.embedding_dim}",
+        )
         factor = 2 ** (len(self.channel_mult) - 1)
         _require(
             self.latent_size % factor == 0,

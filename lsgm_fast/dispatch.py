@@ -127,7 +127,7 @@ class Decision:
                 text += f" ({self.notes[backend]})"
             lines.append(f"  {mark} {backend:<10} {text}")
         if self.chosen is None:
-            lines.append("  nothing can run: a named backend never falls back")
+            lines.append(f"  {self.requested} cannot run these inputs, and a named backend never falls back")
         return "\n".join(lines)
 
 
@@ -226,7 +226,7 @@ class Op(Generic[P, R]):
             if impl.reasons(*args, **kwargs) or impl.auto_reasons(*args, **kwargs):
                 continue
             if impl.self_tested:
-                device = _first_device(args)
+                device = _first_device((*args, *kwargs.values()))
                 if selftest.problem(self.name, impl.backend, device.type, device.index) is not None:
                     continue
             return impl
@@ -240,7 +240,9 @@ class Op(Generic[P, R]):
             if automatic:
                 why += impl.auto_reasons(*args, **kwargs)
             if impl.self_tested and not why:
-                state, failure = selftest.known(self.name, impl.backend, _first_device(args))
+                state, failure = selftest.known(
+                    self.name, impl.backend, _first_device((*args, *kwargs.values()))
+                )
                 notes[impl.backend] = state
                 if failure is not None and automatic:
                     why.append(failure)
@@ -269,8 +271,24 @@ def define_op(reference: Callable[..., R]) -> Callable[[Callable[P, Any]], Op[P,
 
 
 def parse_choice(spec: str) -> Choice:
-    """Parse ``"triton"`` or ``"triton,group_norm_swish=reference"``; unknown names raise ``ValueError``."""
-    default, per_op = env.parse_backend_spec(spec, CHOICES, tuple(REGISTRY))
+    """Parse ``"triton"`` or ``"triton,group_norm_swish=reference"``.
+
+    Raises:
+        ValueError: unknown names, or an operation named with a backend that it does not have.
+    """
+    if not isinstance(spec, str):
+        raise TypeError(
+            f"expected a backend such as 'triton' or 'triton,mixed_score=reference', got {spec!r}"
+        )
+    return _checked(*env.parse_backend_spec(spec, CHOICES, tuple(REGISTRY)))
+
+
+def _checked(default: str | None, per_op: dict[str, str]) -> Choice:
+    for op, backend in per_op.items():
+        if backend != "auto" and backend not in REGISTRY[op].backends():
+            raise ValueError(
+                f"{op} has no {backend!r} implementation: it has {', '.join(REGISTRY[op].backends())}"
+            )
     return Choice(default or "auto", tuple(per_op.items()))
 
 
@@ -281,8 +299,7 @@ def set_backend(spec: str | None) -> None:
 
 
 def _environment_choice() -> Choice:
-    default, per_op = env.backend_from_env(CHOICES, tuple(REGISTRY))
-    return Choice(default or "auto", tuple(per_op.items()))
+    return _checked(*env.backend_from_env(CHOICES, tuple(REGISTRY)))
 
 
 @contextmanager
@@ -306,7 +323,8 @@ def use_backend(spec: str) -> Iterator[None]:
 def record() -> Iterator[Log]:
     """Count which implementation ran for every operation called in this thread inside the block.
 
-    Calls made by Python are counted; a compiled graph or a CUDA-graph replay makes none.
+    Calls made by Python are counted; a compiled graph or a CUDA-graph replay makes none. Open the block outside of a
+    compiled function: ``torch.compile(fullgraph=True)`` cannot trace it.
     """
     log = Log()
     previous = _state.log
@@ -328,5 +346,8 @@ def explain(op: str | Op[Any, Any], *args: Any, backend: str | None = None, **kw
         if op not in REGISTRY:
             raise unknown_name("operation", op, REGISTRY)
         op = REGISTRY[op]
-    requested, _ = op._requested(backend)
+    requested, strict = op._requested(backend)
+    if strict and requested != "auto":
+        op.impl(requested)
+    op._check(*args, **kwargs)
     return op._decide(args, kwargs, requested)

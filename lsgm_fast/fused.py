@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from lsgm_fast import native
 from lsgm_fast.dispatch import Impl, Op
@@ -123,10 +124,18 @@ def _differentiate(name: str, backward: Backward) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse, lib=_library)
 
 
+@torch.compiler.assume_constant_result
+def _transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp, ...) or a dual level is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _with_availability(backend: str, reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
     def check(*args: Any, **kwargs: Any) -> list[str]:
+        if _transformed():
+            return ["inside a torch.func transform or forward-mode differentiation: it has no rule for them"]
         device_type = "cpu"
-        for value in args:
+        for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor):
                 device_type = value.device.type
                 break

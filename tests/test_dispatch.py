@@ -489,3 +489,13 @@ def test_the_environment_is_read_on_import_and_named_in_errors():
 def test_reference_is_available_for_every_operation():
     for name, op in dispatch.REGISTRY.items():
         assert "reference" in op.backends(), name
+
+
+def test_an_operation_named_with_a_backend_it_lacks_is_an_error(monkeypatch):
+    with (
+        pytest.raises(ValueError, match="bn_swish has no 'triton' implementation"),
+        use_backend("bn_swish=triton"),
+    ):
+        pass
+    with pytest.raises(TypeError, match="got None"), use_backend(None):
+        pass

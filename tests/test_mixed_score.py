@@ -447,11 +447,13 @@ def test_what_a_fused_kernel_refuses(target):
     eps, z, logit, r = inputs(device)
     for args, message in (
         ((eps, z, None, r), "mixing_logit is None"),
-        ((eps, z.int(), logit, r), "int32"),
+        ((eps, z.to(torch.complex64), logit, r), "complex64"),
         ((eps, z, logit, r.clone().requires_grad_()), "r requires a gradient"),
     ):
         with pytest.raises(BackendUnsupported, match=message):
             ops.mixed_score(*args, backend=backend)
+    with pytest.raises(TypeError, match="int32"):
+        ops.mixed_score(eps, z.int(), logit, r)
     (grad,) = torch.autograd.grad(ops.mixed_score(eps, z, logit, (s := r.clone().requires_grad_())).sum(), s)
     assert grad.isfinite().all()
 

@@ -226,3 +226,63 @@ def test_the_first_use_in_a_process_passes_here(tmp_path):
     for _ in range(2):
         subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], check=True)
     assert len(json.loads((tmp_path / "cache" / "selftest.json").read_text())) == 1
+
+
+def out_of_memory(eps, z, logit, r):
+    raise torch.OutOfMemoryError("the device is full")
+
+
+def test_a_passing_trouble_is_not_kept(plant, tmp_path):
+    plant(out_of_memory)
+    with pytest.warns(RuntimeWarning, match="the device is full"):
+        OP(*inputs())
+    assert not (tmp_path / "cache" / "selftest.json").exists()
+
+
+@pytest.mark.parametrize("entry", [{}, 3, {"failure": 5}])
+def test_a_damaged_entry_is_tested_anew(plant, tmp_path, entry):
+    calls = plant(reference.mixed_score)
+    (tmp_path / "cache").mkdir()
+    print_ = selftest.fingerprint("mixed_score", "cpu", "cpu")
+    (tmp_path / "cache" / "selftest.json").write_text(json.dumps({print_: entry}))
+    OP(*inputs())
+    assert len(calls) > 1
+    assert json.loads((tmp_path / "cache" / "selftest.json").read_text())[print_]["failure"] is None
+
+
+def test_explain_knows_a_kept_verdict(plant):
+    plant(biased)
+    with pytest.warns(RuntimeWarning):
+        OP(*inputs())
+    selftest.forget()
+    decision = dispatch.explain("mixed_score", *inputs())
+    assert decision.chosen == "reference"
+    assert "self-test: failed" in str(decision)
+
+
+def test_meta_tensors_run_no_test(plant):
+    calls = plant(lambda eps, z, logit, r: torch.empty_like(z))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = OP(*(t.to("meta") for t in inputs()))
+    assert out.is_meta
+    assert len(calls) == 1
+
+
+def test_tensors_given_by_name_keep_their_device():
+    eps, z, logit, r = (t.to("meta") for t in inputs())
+    by_name = dispatch.explain("mixed_score", eps=eps, z=z, mixing_logit=logit, r=r)
+    assert dict(by_name.candidates) == dict(dispatch.explain("mixed_score", eps, z, logit, r).candidates)
+
+
+def test_transforms_and_forward_mode_go_to_the_reference():
+    eps, z, logit, r = inputs()
+    expected = torch.func.jvp(lambda x: reference.mixed_score(eps, x, logit, r), (z,), (torch.ones_like(z),))
+    with dispatch.record() as log:
+        found = torch.func.jvp(lambda x: OP(eps, x, logit, r), (z,), (torch.ones_like(z),))
+    assert torch.equal(found[1], expected[1])
+    assert log.backends() == {"mixed_score": "reference"}
+    big = torch.randn(8, 180, 16, 16)
+    wide = torch.zeros(1, 180, 1, 1)
+    _, pull = torch.func.vjp(lambda x: OP(big, x, wide, r), big)
+    assert torch.allclose(pull(big)[0], 0.5 * 0.7 * big, atol=1e-6)

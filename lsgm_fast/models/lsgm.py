@@ -34,8 +34,9 @@ class VAE(Protocol):
     """What :class:`LSGM` needs of a VAE (:class:`~lsgm_fast.models.NVAE` is the first implementation).
 
     ``latent_shape``: (C, h, w) of the latent that the prior models. ``decode`` returns images (N, C, H, W) in [0, 1]
-    and may ignore its keyword arguments; ``encode`` is only needed by :meth:`LSGM.encode`. A hierarchical VAE also
-    has ``lower_shapes``, the shapes of the latents that the prior does not cover.
+    and may ignore its keyword arguments; ``encode(x)`` (or ``encode(x, noise=...)``) is only needed by
+    :meth:`LSGM.encode`, whose seed is for an NVAE. A hierarchical VAE also has ``lower_shapes``, the shapes of the
+    latents that the prior does not cover.
     """
 
     latent_shape: tuple[int, int, int]
@@ -228,6 +229,8 @@ class LSGM(nn.Module):
             )
         if evaluations is not None and (not isinstance(evaluations, int) or evaluations < 1):
             raise ValueError(f"evaluations must be a whole number of at least 1, got {evaluations!r}")
+        if solver == "ancestral" and (tol is not None or ode_eps is not None):
+            raise ValueError("tol and ode_eps are for the ODE solvers: solver='ancestral' takes evaluations")
         if n < 0:
             raise ValueError(f"the number of latents must not be negative, got {n}")
         _check_temperature("temperature", temperature)
@@ -470,7 +473,7 @@ class LSGM(nn.Module):
         encode = getattr(self.vae, "encode", None)
         if encode is None:
             raise TypeError(f"{type(self.vae).__name__} has no encode()")
-        return encode(x, noise=noise)
+        return encode(x) if noise is None else encode(x, noise=noise)
 
     def nelbo(
         self,
@@ -493,7 +496,7 @@ class LSGM(nn.Module):
                 ``"ll_uniform"``; None: ``"ll_iw"`` where the SDE has it. Draws left out come from ``seed``.
 
         Raises:
-            ValueError: as :meth:`encode`; a mode that does not weight by likelihood; an NVAE is needed.
+            ValueError: as :meth:`encode`; a mode that does not weight by likelihood. TypeError: the VAE is no NVAE.
         """
         vae = self.vae
         if not isinstance(vae, NVAE):
@@ -517,7 +520,10 @@ class LSGM(nn.Module):
                 seed, range(n), "diffusion", self.latent_shape, dtype=z0.dtype, device=z0.device
             )
         if rho is None:
-            rho = random.uniform(seed, range(n), "time", (), device=z0.device).to(z0.dtype)
+            rho = random.uniform(seed, range(n), "time", (), device=z0.device)
+            rho = rho.to(torch.promote_types(z0.dtype, torch.float32))
+        elif tuple(rho.shape) != (n,):
+            raise ValueError(f"expected rho of shape ({n},), got {tuple(rho.shape)}")
         elif not bool(((rho >= 0.0) & (rho <= 1.0)).all()):
             raise ValueError(
                 f"rho must be in [0, 1], got values from {float(rho.min())} to {float(rho.max())}"

@@ -51,7 +51,11 @@ class WeightNormConv2d(nn.Conv2d):
 
 @contextmanager
 def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[None]:
-    """Normalise the weights of all ``convs`` in one operation for the duration of the block."""
+    """Normalise the weights of all ``convs`` in one operation for the duration of the block.
+
+    The weights are handed over through the modules themselves, so a model must not be trained in one thread while
+    another one runs it.
+    """
     weights = ops.weight_norm([c.direction() for c in convs], [c.log_weight_norm for c in convs])
     for conv, weight in zip(convs, weights, strict=True):
         conv.prepared_weight = weight

@@ -35,13 +35,15 @@ def mixed_score(
         (B, C, H, W), dtype of z; arithmetic in float32 or wider.
 
     Raises:
-        ValueError: shapes do not match.
+        ValueError: shapes do not match. TypeError: z is not floating-point.
 
     Source: LSGM, section 3.2 ("Mixing normal and neural score functions"), equation 8.
     """
     # Called at every evaluation of a sampler: what is nearly always true is asked first.
     if eps.shape != z.shape:
         _checks.same_shape("mixed_score", eps=eps, z=z)
+    if not (z.is_floating_point() or z.is_complex()):
+        raise TypeError(f"mixed_score expects a floating-point z, got {z.dtype}")
     _checks.mixing_logit("mixed_score", z, mixing_logit)
     if isinstance(r, torch.Tensor) and r.dim() > 0:
         _checks.per_sample("mixed_score", z, r=r)
