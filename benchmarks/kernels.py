@@ -141,7 +141,7 @@ def summary(entry: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.kernels", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder that holds <machine>/")
+    parser.add_argument("--out", type=Path, help="folder that holds <machine>/")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds")
     parser.add_argument("--dry-run", action="store_true", help="mark the record as a trial")
@@ -153,7 +153,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if o.one:
         run_one(*o.one)
         return 0
-    return run(o.out, o.device, seconds=o.budget, dry_run=o.dry_run, commit=o.commit)
+    return run(
+        measure.results_folder(o.out, o.dry_run),
+        o.device,
+        seconds=o.budget,
+        dry_run=o.dry_run,
+        commit=o.commit,
+    )
 
 
 if __name__ == "__main__":

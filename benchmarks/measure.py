@@ -36,6 +36,14 @@ SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+
+def results_folder(out: Path | None, dry_run: bool) -> Path:
+    """Where records go: the folder asked for, else the results; a trial stays out of those (git ignores its folder)."""
+    if out is not None:
+        return out
+    return RESULTS / "dry-run" if dry_run else RESULTS
+
+
 QUANTILES = (0.2, 0.5, 0.8)
 FEWEST_FOR_QUANTILES = 3
 

@@ -646,9 +646,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("ops", nargs="*", metavar="OP", help="operations (default: those with a fused kernel)")
     made.add_argument("--name", default="ops", help="name of the record (default: ops)")
-    made.add_argument(
-        "--out", type=Path, default=measure.RESULTS, help="folder that holds <machine>/<name>.json"
-    )
+    made.add_argument("--out", type=Path, help="folder that holds <machine>/<name>.json")
     made.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     made.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="batch sizes (default: 1 16)")
     made.add_argument(
@@ -744,7 +742,7 @@ def run(options: argparse.Namespace, command: str, *, quiet: bool = False) -> tu
             hot=options.hot,
             device=options.device,
         ),
-        out=options.out,
+        out=measure.results_folder(options.out, options.dry_run),
         command=command,
         force=options.force,
         dry_run=options.dry_run,

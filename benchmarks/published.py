@@ -550,9 +550,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--presets", nargs="+", required=True, metavar="NAME", help="presets to time, in order"
     )
     parser.add_argument("--name", required=True, help="name of the record")
-    parser.add_argument(
-        "--out", type=Path, default=measure.RESULTS, help="folder that holds <machine>/<name>.json"
-    )
+    parser.add_argument("--out", type=Path, help="folder that holds <machine>/<name>.json")
     parser.add_argument("--device", default="cuda", help="cuda (default) or cpu")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 1], help="batch sizes (default: 16 1)")
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), help="default: scipy rk45")
@@ -602,7 +600,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name=options.name,
             device=options.device,
             plan=Plan(plan_budget, fewest=fewest, most=most, solved=not options.no_solved),
-            out=options.out,
+            out=measure.results_folder(options.out, options.dry_run),
             command=measure.command_line("benchmarks.published", arguments),
             force=options.force,
             dry_run=options.dry_run,

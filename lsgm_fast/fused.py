@@ -74,7 +74,7 @@ def register(
             Impl(
                 backend,
                 _bind(call, prepare),
-                reasons=_with_availability(backend, reasons),
+                reasons=_with_availability(op.name, backend, reasons),
                 auto_reasons=(auto_reasons or {}).get(backend, lambda *args, **kwargs: []),
                 priority=priority,
                 self_tested=True,
@@ -130,7 +130,7 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _with_availability(backend: str, reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+def _with_availability(op: str, backend: str, reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
     def check(*args: Any, **kwargs: Any) -> list[str]:
         if _transformed():
             return ["inside a torch.func transform or forward-mode differentiation: it has no rule for them"]
@@ -139,16 +139,26 @@ def _with_availability(backend: str, reasons: Callable[..., list[str]]) -> Calla
             if isinstance(value, torch.Tensor):
                 device_type = value.device.type
                 break
-        why = unavailable(backend, device_type)
+        why = unavailable(backend, device_type, op)
         return reasons(*args, **kwargs) if why is None else [why]
 
     return check
 
 
 @torch.compiler.assume_constant_result
-def unavailable(backend: str, device_type: str) -> str | None:
-    """Why ``backend`` cannot run anything on such a device here, or None."""
-    return _unavailable(backend, device_type)
+def unavailable(backend: str, device_type: str, op: str | None = None) -> str | None:
+    """Why ``backend`` cannot run anything (given ``op``: this operation) on such a device here, or None."""
+    why = _unavailable(backend, device_type)
+    if why is None and op is not None and backend in ("cpu", "cuda"):
+        return _not_in_library(op, backend)
+    return why
+
+
+@functools.cache
+def _not_in_library(op: str, backend: str) -> str | None:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}_{backend}", backend.upper()):
+        return None
+    return f"the {backend} library was compiled without {op}: reinstall lsgm-fast from this source tree"
 
 
 @functools.cache

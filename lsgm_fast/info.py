@@ -72,7 +72,7 @@ def _operation(op: Op[Any, Any]) -> list[dict[str, Any]]:
     entries = []
     for backend in op.backends():
         why_not = {
-            kind: None if backend == "reference" else fused.unavailable(backend, kind)
+            kind: None if backend == "reference" else fused.unavailable(backend, kind, op.name)
             for kind in ("cpu", "cuda")
         }
         validated = [] if backend == "reference" else validations(op.name, backend)

@@ -154,7 +154,9 @@ def _load(name: str) -> Library:
         try:
             torch.ops.load_library(str(path))
         except Exception as error:
-            reason = f"{path} could not be loaded ({error}): reinstall lsgm-fast in this environment"
+            # The loader's own words, such as an undefined symbol, come as the cause.
+            why = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+            reason = f"{path} could not be loaded ({why}): reinstall lsgm-fast in this environment"
     return Library(name, str(path), reason is None, reason, record)
 
 
