@@ -539,7 +539,7 @@ def _pick_device(name: str) -> str:
         return name
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, NotImplementedError, AssertionError):
+    except (RuntimeError, AssertionError):
         raise ValueError(f"device {name!r} cannot be used with this PyTorch; use --device cpu") from None
     return name
 

@@ -141,7 +141,7 @@ def _describe(value: Any) -> str:
     return repr(value)
 
 
-def _first_device(args: tuple[Any, ...]) -> torch.device:
+def first_device(args: tuple[Any, ...]) -> torch.device:
     """Device of the first tensor among the arguments (tensors in lists included)."""
     for value in args:
         if isinstance(value, torch.Tensor):
@@ -226,7 +226,7 @@ class Op(Generic[P, R]):
             if impl.reasons(*args, **kwargs) or impl.auto_reasons(*args, **kwargs):
                 continue
             if impl.self_tested:
-                device = _first_device((*args, *kwargs.values()))
+                device = first_device((*args, *kwargs.values()))
                 if selftest.problem(self.name, impl.backend, device.type, device.index) is not None:
                     continue
             return impl
@@ -241,7 +241,7 @@ class Op(Generic[P, R]):
                 why += impl.auto_reasons(*args, **kwargs)
             if impl.self_tested and not why:
                 state, failure = selftest.known(
-                    self.name, impl.backend, _first_device((*args, *kwargs.values()))
+                    self.name, impl.backend, first_device((*args, *kwargs.values()))
                 )
                 notes[impl.backend] = state
                 if failure is not None and automatic:

@@ -10,6 +10,12 @@ import torch.nn.functional as F
 
 from lsgm_fast import ops
 from lsgm_fast.errors import unknown_name
+from lsgm_fast.reference.mixture_logistic import (
+    MIN_LOG_SCALE,
+    chain_colours,
+    discretised_logistic_log_prob,
+    unpack,
+)
 
 MIXTURES = 10
 
@@ -103,18 +109,10 @@ class Logistic(DecoderDistribution):
     def __init__(self, logits: torch.Tensor, num_bits: int = 8) -> None:
         super().__init__(logits, num_bits)
         self.loc, log_scale = logits.chunk(2, dim=1)
-        self.log_scale = log_scale.clamp(min=-7.0)
+        self.log_scale = log_scale.clamp(min=MIN_LOG_SCALE)
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        levels = 2.0**self.num_bits - 1.0
-        inv_scale = torch.exp(-self.log_scale)
-        upper = inv_scale * (x - self.loc + 1.0 / levels)
-        lower = inv_scale * (x - self.loc - 1.0 / levels)
-        middle = inv_scale * (x - self.loc)
-        delta = torch.sigmoid(upper) - torch.sigmoid(lower)
-        log_density = middle - self.log_scale - 2.0 * F.softplus(middle) - math.log(levels / 2.0)
-        inner = torch.where(delta > 1e-5, torch.log(delta.clamp(min=1e-10)), log_density)
-        return torch.where(x < -0.999, F.logsigmoid(upper), torch.where(x > 0.999, -F.softplus(lower), inner))
+        return discretised_logistic_log_prob(x, self.loc, self.log_scale, self.num_bits)
 
     def mean(self) -> torch.Tensor:
         return self.loc
@@ -140,19 +138,12 @@ class MixtureLogistic(DecoderDistribution):
         return ops.mixture_logistic_mean(self.logits)
 
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
-        n, channels, h, w = self.logits.shape
-        k = channels // 10
-        mixture = self.logits[:, :k]
+        mixture, *parts = unpack(self.logits)
         gumbel = -torch.log(-torch.log(self._uniform(mixture, generator)))
-        index = (mixture + gumbel).argmax(dim=1)[:, None, None].expand(n, 3, 1, h, w)
-        parts = self.logits[:, k:].reshape(n, 3, 3 * k, h, w).split(k, dim=2)
+        index = (mixture + gumbel).argmax(dim=1)[:, None, None].expand(-1, 3, 1, -1, -1)
         loc, log_scale, coeff = (part.gather(2, index)[:, :, 0] for part in parts)
-        coeff = torch.tanh(coeff)
-        x = loc + torch.exp(log_scale.clamp(min=-7.0)) * torch.logit(self._uniform(loc, generator))
-        red = x[:, 0].clamp(-1.0, 1.0)
-        green = (x[:, 1] + coeff[:, 0] * red).clamp(-1.0, 1.0)
-        blue = (x[:, 2] + coeff[:, 1] * red + coeff[:, 2] * green).clamp(-1.0, 1.0)
-        return torch.stack((red, green, blue), dim=1)
+        x = loc + torch.exp(log_scale) * torch.logit(self._uniform(loc, generator))
+        return chain_colours(x, coeff)
 
 
 DISTRIBUTIONS: dict[str, type[DecoderDistribution]] = {

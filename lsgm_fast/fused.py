@@ -22,7 +22,7 @@ import torch
 from torch.autograd import forward_ad
 
 from lsgm_fast import native
-from lsgm_fast.dispatch import Impl, Op
+from lsgm_fast.dispatch import Impl, Op, first_device
 
 NAMESPACE = "lsgm_fast"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -134,12 +134,7 @@ def _with_availability(op: str, backend: str, reasons: Callable[..., list[str]])
     def check(*args: Any, **kwargs: Any) -> list[str]:
         if _transformed():
             return ["inside a torch.func transform or forward-mode differentiation: it has no rule for them"]
-        device_type = "cpu"
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor):
-                device_type = value.device.type
-                break
-        why = unavailable(backend, device_type, op)
+        why = unavailable(backend, first_device((*args, *kwargs.values())).type, op)
         return reasons(*args, **kwargs) if why is None else [why]
 
     return check

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lsgm_fast.dispatch import define_op
+from lsgm_fast.reference.philox_normal import check_seed
 from lsgm_fast.reference.philox_normal import philox_normal as reference
 
 
@@ -41,5 +42,4 @@ def philox_normal(
 
     Source: Salmon et al. 2011 (Random123); Box & Muller 1958.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be between 0 and 2^64 - 1, got {seed}")
+    check_seed(seed)

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from lsgm_fast import ops
 from lsgm_fast.errors import NonFiniteError
-from lsgm_fast.sampling.solution import Callback, Drift, Progress, Solution, SolverError, StepRecord
+from lsgm_fast.sampling.solution import (
+    Callback,
+    CountedDrift,
+    Drift,
+    Progress,
+    Solution,
+    SolverError,
+    StepRecord,
+)
 
 # Dormand and Prince, "A family of embedded Runge-Kutta formulae", J. Comput. Appl. Math. 6 (1980).
 C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0)
@@ -41,31 +49,12 @@ ERROR_EXPONENT = -1 / (ERROR_ORDER + 1)
 SMALLEST_RTOL = 100 * sys.float_info.epsilon
 
 
-class _CountedDrift:
-    """Calls the drift, counts the calls and checks the shape of what it returns."""
-
-    def __init__(self, drift: Drift, shape: torch.Size) -> None:
-        self.drift = drift
-        self.shape = shape
-        self.nfe = 0
-
-    def __call__(self, t: float, z: Tensor) -> Tensor:
-        out = self.drift(t, z)
-        self.nfe += 1
-        if out.shape != self.shape:
-            raise ValueError(
-                f"the drift returned shape {tuple(out.shape)} for a state of shape {tuple(self.shape)}: "
-                "they must be equal"
-            )
-        return out
-
-
 def _rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / x.numel() ** 0.5
 
 
 def _initial_step(
-    drift: _CountedDrift, t: float, y: Tensor, f0: Tensor, t_end: float, rtol: float, atol: float
+    drift: CountedDrift, t: float, y: Tensor, f0: Tensor, t_end: float, rtol: float, atol: float
 ) -> float:
     """Size of the first step (Hairer, Norsett and Wanner, section II.4); takes one evaluation."""
     interval = abs(t_end - t)
@@ -78,7 +67,7 @@ def _initial_step(
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     h0 = min(h0, interval)
     probe = t + h0 * direction
-    f1 = drift(probe, ops.rk_stage(y, f0[None], (1.0,), h0 * direction)).to(y.dtype)
+    f1 = drift.evaluate(probe, ops.rk_stage(y, f0[None], (1.0,), h0 * direction)).to(y.dtype)
     d2 = float(_rms((f1 - f0) / scale)) / h0
     if not math.isfinite(d2):
         raise NonFiniteError(
@@ -136,12 +125,12 @@ def solve_rk45(
         warnings.warn(f"rtol = {rtol} is too small for float64: using {SMALLEST_RTOL}", stacklevel=4)
         rtol = SMALLEST_RTOL
     started = time.perf_counter()
-    counted = _CountedDrift(drift, z1.shape)
+    counted = CountedDrift(drift, z1.shape)
     direction = math.copysign(1.0, t_end - t_start)
     t = t_start
     y = z1.to(state_dtype).contiguous()
     k = torch.empty((STAGES, *y.shape), dtype=state_dtype, device=y.device)
-    k[0].copy_(counted(t, y))
+    k[0].copy_(counted.evaluate(t, y))
     h_abs = _initial_step(counted, t, y, k[0], t_end, rtol, atol)
 
     steps: list[StepRecord] = []
@@ -169,9 +158,9 @@ def solve_rk45(
             h_abs = abs(h)
 
             for stage in range(1, STAGES - 1):
-                k[stage].copy_(counted(t + C[stage] * h, ops.rk_stage(y, k, A[stage], h)))
+                k[stage].copy_(counted.evaluate(t + C[stage] * h, ops.rk_stage(y, k, A[stage], h)))
             # The last stage is evaluated at the solution itself and serves as the first of the next step.
-            k[STAGES - 1].copy_(counted(t_new, ops.rk_stage(y, k, B, h)))
+            k[STAGES - 1].copy_(counted.evaluate(t_new, ops.rk_stage(y, k, B, h)))
             y_new, norm = ops.rk_finish(y, k, B, E, h, rtol, atol)
             error_norm = float(norm)
             if not math.isfinite(error_norm):

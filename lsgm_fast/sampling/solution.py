@@ -64,6 +64,25 @@ class Solution:
     steps: list[StepRecord] = field(default_factory=list)
 
 
+class CountedDrift:
+    """Calls the drift, counts the calls and checks the shape of what it returns."""
+
+    def __init__(self, drift: Drift, shape: torch.Size) -> None:
+        self.drift = drift
+        self.shape = shape
+        self.nfe = 0
+
+    def evaluate(self, t: float, z: Tensor) -> Tensor:
+        out = self.drift(t, z)
+        self.nfe += 1
+        if out.shape != self.shape:
+            raise ValueError(
+                f"the drift returned shape {tuple(out.shape)} for a state of shape {tuple(self.shape)}: "
+                "they must be equal"
+            )
+        return out
+
+
 def supports_float64(device: torch.device) -> bool:
     """Whether tensors on ``device`` can be float64 (Apple's Metal backend has none)."""
     return device.type != "mps"

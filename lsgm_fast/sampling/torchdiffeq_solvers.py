@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from lsgm_fast.errors import NonFiniteError
-from lsgm_fast.sampling.solution import Callback, Drift, Progress, Solution, SolverError, StepRecord
+from lsgm_fast.sampling.solution import (
+    Callback,
+    CountedDrift,
+    Drift,
+    Progress,
+    Solution,
+    SolverError,
+    StepRecord,
+)
 
 _INITIAL_EVALUATIONS = 2
 _EVALUATIONS_PER_STEP = 6
@@ -29,18 +37,33 @@ def _odeint(solver: str) -> Callable[..., Tensor]:
         ) from error
 
 
-class _Observed:
+class _Observed(CountedDrift):
     """Drift as torchdiffeq calls it: counts evaluations, limits attempts and reports non-finite values.
 
     Finiteness is checked on every evaluation, since neither torchdiffeq nor SciPy says where a NaN began.
     """
 
-    def __init__(self, drift: Drift, shape: torch.Size, solver: str, max_steps: int) -> None:
-        self.drift = drift
-        self.shape = shape
-        self.solver = solver
+    solver: str
+
+    def __init__(
+        self,
+        drift: Drift,
+        shape: torch.Size,
+        max_steps: int,
+        t_start: float,
+        t_end: float,
+        callback: Callback | None,
+    ) -> None:
+        super().__init__(drift, shape)
         self.max_steps = max_steps
-        self.nfe = 0
+        self.t_start, self.t_end = t_start, t_end
+        self.callback = callback
+
+    def report(self, t: float) -> None:
+        """Tell the callback that the solve has come to ``t``."""
+        if self.callback is not None:
+            fraction = (t - self.t_start) / (self.t_end - self.t_start)
+            self.callback(Progress(fraction=fraction, t=t, nfe=self.nfe))
 
     def attempt(self) -> tuple[int, int]:
         """Number of the attempted step (0: choice of the first step) and stage of the coming evaluation."""
@@ -55,13 +78,7 @@ class _Observed:
             raise SolverError(
                 f"{self.solver} attempted max_steps = {self.max_steps} steps and reached t = {t!r}"
             )
-        out = self.drift(t, z)
-        self.nfe += 1
-        if out.shape != self.shape:
-            raise ValueError(
-                f"the drift returned shape {tuple(out.shape)} for a state of shape {tuple(self.shape)}: "
-                "they must be equal"
-            )
+        out = super().evaluate(t, z)
         if not bool(torch.isfinite(out).all()):
             raise NonFiniteError(
                 f"NaN or infinity in step {step}, stage {stage}, at t = {t!r} (solver {self.solver})"
@@ -72,20 +89,12 @@ class _Observed:
 class _ScipyDrift(_Observed):
     """Also rebuilds the attempted steps from the times of the evaluations, which are all that SciPy shows."""
 
-    def __init__(
-        self,
-        drift: Drift,
-        shape: torch.Size,
-        max_steps: int,
-        t_start: float,
-        t_end: float,
-        callback: Callback | None,
-    ) -> None:
-        super().__init__(drift, shape, "scipy", max_steps)
-        self.t_start, self.t_end = t_start, t_end
-        self.callback = callback
+    solver = "scipy"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.attempts: list[tuple[float, float]] = []
-        self._stage_two_time = t_start
+        self._stage_two_time = self.t_start
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         time_now = float(t)
@@ -98,9 +107,7 @@ class _ScipyDrift(_Observed):
                 # Stage 2 lies at t + h / 5 and stage 7 at t + h.
                 h = (time_now - self._stage_two_time) * 1.25
                 self.attempts.append((time_now - h, h))
-                if self.callback is not None:
-                    fraction = (time_now - self.t_start) / (self.t_end - self.t_start)
-                    self.callback(Progress(fraction=fraction, t=time_now, nfe=self.nfe))
+                self.report(time_now)
         return out
 
     def records(self) -> list[StepRecord]:
@@ -166,18 +173,10 @@ def solve_scipy(
 class _Dopri5Drift(_Observed):
     """Clamps times to the interval and receives torchdiffeq's report of accepted and rejected steps."""
 
-    def __init__(
-        self,
-        drift: Drift,
-        shape: torch.Size,
-        max_steps: int,
-        t_start: float,
-        t_end: float,
-        callback: Callback | None,
-    ) -> None:
-        super().__init__(drift, shape, "dopri5", max_steps)
-        self.t_start, self.t_end = t_start, t_end
-        self.callback = callback
+    solver = "dopri5"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.steps: list[StepRecord] = []
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
@@ -188,10 +187,7 @@ class _Dopri5Drift(_Observed):
         h = math.copysign(float(dt), self.t_end - self.t_start)
         start = float(t)
         self.steps.append(StepRecord(t=start, h=h, error_norm=math.nan, accepted=accepted))
-        if self.callback is not None:
-            now = start + h if accepted else start
-            fraction = (now - self.t_start) / (self.t_end - self.t_start)
-            self.callback(Progress(fraction=fraction, t=now, nfe=self.nfe))
+        self.report(start + h if accepted else start)
 
     def callback_accept_step(self, t: Any, z: Tensor, dt: Any) -> None:
         self._record(t, dt, True)
