@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -83,3 +84,65 @@ def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def launch_options(num_warps: int) -> dict[str, Any]:
     """Options of every launch. Contraction to fused multiply-add is named because Triton's default is changing."""
     return {"num_warps": num_warps, "enable_fp_fusion": True}
+
+
+PER_THREAD = 8
+"""Elements per thread and tensor: one 16-byte access in half precision, two in float32, four in float64."""
+
+
+def warps(elements: int) -> int:
+    """Warps of a program that handles ``elements`` elements."""
+    return max(1, elements // (32 * PER_THREAD))
+
+
+def index_type(elements: int) -> tl.dtype:
+    """Integer type for an index inside one sample of ``elements`` elements."""
+    # Room for the block that reaches past the end of the sample.
+    return tl.int32 if elements < 2**31 - 2**12 else tl.int64
+
+
+def common_layout(z: Tensor, *others: Tensor) -> bool:
+    """:func:`channels_last` of z; the others must be of the same shape and format.
+
+    Raises:
+        ValueError: they are not.
+    """
+    inner = channels_last(z)
+    for other in others:
+        if other.shape != z.shape or channels_last(other) != inner:
+            raise ValueError(
+                f"tensors of shapes {tuple(z.shape)} and {tuple(other.shape)} with strides {tuple(z.stride())} and "
+                f"{tuple(other.stride())}: expected one shape in one memory format"
+            )
+    return inner
+
+
+def sample_stride(name: str, scalar: Tensor, samples: int) -> int:
+    """Distance between the values of two samples: 0 where all of them share one.
+
+    Raises:
+        ValueError: neither one value nor one per sample.
+    """
+    if scalar.numel() == 1:
+        return 0
+    if scalar.shape != (samples,):
+        raise ValueError(f"{name} has shape {tuple(scalar.shape)}, expected (), (1,) or ({samples},)")
+    return scalar.stride(0)
+
+
+@triton.jit
+def mixing(logit):
+    """(a, 1 - a) of a = sigmoid(logit), both to full relative accuracy: no cancellation far from 0."""
+    t = tl.exp(-tl.abs(logit))
+    larger = 1.0 / (1.0 + t)
+    smaller = t * larger
+    return tl.where(logit >= 0, larger, smaller), tl.where(logit >= 0, smaller, larger)
+
+
+@triton.jit
+def store(ptr, value, mask):
+    """``tl.store`` with a cast to the pointer's element type."""
+    # float64 goes to half precision by way of float32, as in PyTorch.
+    if ptr.dtype.element_ty.primitive_bitwidth < 32:
+        value = value.to(tl.float32)
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)

@@ -24,30 +24,18 @@ from lsgm_fast.kernels._common import (
     TYPES,
     AotSpec,
     alignment,
-    channels_last,
+    common_layout,
     compute_type,
     device_guard,
+    index_type,
     launch_options,
+    mixing,
     pointer,
+    sample_stride,
     short_name,
+    store,
+    warps,
 )
-
-
-@triton.jit
-def _mixing(logit):
-    """(a, 1 - a), both to full relative accuracy: no cancellation where the logit is far from 0."""
-    t = tl.exp(-tl.abs(logit))
-    larger = 1.0 / (1.0 + t)
-    smaller = t * larger
-    return tl.where(logit >= 0, larger, smaller), tl.where(logit >= 0, smaller, larger)
-
-
-@triton.jit
-def _store(ptr, value, mask):
-    # float64 goes to half precision by way of float32, as in PyTorch.
-    if ptr.dtype.element_ty.primitive_bitwidth < 32:
-        value = value.to(tl.float32)
-    tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 # Specialising on the values of sizes would compile anew for almost every shape; ALIGN and GROUP say what is needed.
@@ -86,9 +74,9 @@ def forward_kernel(
         logit = tl.load(logit_ptr + (group % inner_groups * GROUP + within), mask=mask)
     else:
         logit = tl.load(logit_ptr + group // inner_groups, mask=group * GROUP < size)
-    a, one_minus_a = _mixing(logit.to(COMPUTE))
+    a, one_minus_a = mixing(logit.to(COMPUTE))
     r = tl.load(r_ptr + sample.to(tl.int64) * r_stride).to(COMPUTE)
-    _store(out_ptr + base + index, one_minus_a * r * z + a * eps, mask)
+    store(out_ptr + base + index, one_minus_a * r * z + a * eps, mask)
 
 
 @triton.jit(do_not_specialize=["r_stride", "outer", "inner_units", "space_blocks", "tiles"])
@@ -126,7 +114,7 @@ def backward_kernel(
         space = inner
     in_channels = channel < channels
     logit = tl.load(logit_ptr + channel, mask=in_channels, other=0.0).to(COMPUTE)
-    a, one_minus_a = _mixing(logit)
+    a, one_minus_a = mixing(logit)
 
     total = tl.zeros([BLOCK_CHANNELS, BLOCK_SPACE], COMPUTE)
     for i in range(TILES):
@@ -147,8 +135,8 @@ def backward_kernel(
         eps = tl.load(eps_ptr + index, mask=mask, other=0.0).to(COMPUTE)
         z = tl.load(z_ptr + index, mask=mask, other=0.0).to(COMPUTE)
         r = tl.load(r_ptr + sample.to(tl.int64) * r_stride).to(COMPUTE)
-        _store(grad_eps_ptr + index, a[:, None] * grad, mask)
-        _store(grad_z_ptr + index, (one_minus_a * r)[:, None] * grad, mask)
+        store(grad_eps_ptr + index, a[:, None] * grad, mask)
+        store(grad_z_ptr + index, (one_minus_a * r)[:, None] * grad, mask)
         total += grad * (eps - r * z)  # 0 where masked
 
     partial = tl.sum(total, axis=1)
@@ -164,19 +152,12 @@ def logit_kernel(
     index = tl.arange(0, BLOCK)
     row = partial_ptr + channel.to(tl.int64) * partials
     total = tl.sum(tl.load(row + index, mask=index < partials, other=0.0), axis=0)
-    a, one_minus_a = _mixing(tl.load(logit_ptr + channel).to(COMPUTE))
+    a, one_minus_a = mixing(tl.load(logit_ptr + channel).to(COMPUTE))
     tl.store(grad_logit_ptr + channel, (a * one_minus_a * total).to(grad_logit_ptr.dtype.element_ty))
 
 
-PER_THREAD = 8
-"""Elements per thread and tensor: one 16-byte access in half precision, two in float32, four in float64."""
-
 MAX_PROGRAMS = 1024
 """Most partial sums per channel: programs for every multiprocessor of the largest GPUs, and one block to add them."""
-
-
-def _warps(elements: int) -> int:
-    return max(1, elements // (32 * PER_THREAD))
 
 
 def forward_block(size: int) -> int:
@@ -200,11 +181,6 @@ def backward_blocks(channels: int, space: int, channels_inner: bool) -> tuple[in
     return (inner, outer) if channels_inner else (outer, inner)
 
 
-def _index_type(elements: int) -> tl.dtype:
-    # Room for the block that reaches past the end of the sample.
-    return tl.int32 if elements < 2**31 - 2**12 else tl.int64
-
-
 def forward_plan(
     samples: int, channels: int, space: int, channels_inner: bool
 ) -> tuple[tuple[int, ...], dict[str, int], dict[str, Any]]:
@@ -220,8 +196,8 @@ def forward_plan(
         "ALIGN": align,
         "GROUP": group,
         "BLOCK": block,
-        "INDEX": _index_type(size),
-        **launch_options(_warps(block)),
+        "INDEX": index_type(size),
+        **launch_options(warps(block)),
     }
     return (samples * blocks,), sizes, options
 
@@ -244,29 +220,10 @@ def backward_plan(
         "BLOCK_CHANNELS": block_channels,
         "BLOCK_SPACE": block_space,
         "TILES": tiles_per_program,
-        "INDEX": _index_type(channels * space),
-        **launch_options(_warps(block_channels * block_space)),
+        "INDEX": index_type(channels * space),
+        **launch_options(warps(block_channels * block_space)),
     }
     return (triton.cdiv(tiles, tiles_per_program), channel_blocks), sizes, options
-
-
-def _layout(z: Tensor, *others: Tensor) -> bool:
-    inner = channels_last(z)
-    for other in others:
-        if other.shape != z.shape or channels_last(other) != inner:
-            raise ValueError(
-                f"tensors of shapes {tuple(z.shape)} and {tuple(other.shape)} with strides {tuple(z.stride())} and "
-                f"{tuple(other.stride())}: expected one shape in one memory format"
-            )
-    return inner
-
-
-def _r_stride(r: Tensor, samples: int) -> int:
-    if r.numel() == 1:
-        return 0
-    if r.shape != (samples,):
-        raise ValueError(f"r has shape {tuple(r.shape)}, expected (), (1,) or ({samples},)")
-    return r.stride(0)
 
 
 def _logit(mixing_logit: Tensor, channels: int) -> Tensor:
@@ -284,12 +241,12 @@ def forward(eps: Tensor, z: Tensor, mixing_logit: Tensor, r: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or memory formats differ, or are not dense.
     """
-    inner = _layout(z, eps)
+    inner = common_layout(z, eps)
     out = torch.empty_like(z)
     if z.numel() == 0:
         return out
     samples, channels = z.shape[:2]
-    logit, stride = _logit(mixing_logit, channels), _r_stride(r, samples)
+    logit, stride = _logit(mixing_logit, channels), sample_stride("r", r, samples)
     grid, sizes, options = forward_plan(samples, channels, z.numel() // (samples * channels), inner)
     with device_guard(z):
         forward_kernel[grid](
@@ -312,12 +269,12 @@ def backward(
     Raises:
         ValueError: shapes or memory formats differ, or are not dense.
     """
-    inner = _layout(z, eps, grad)
+    inner = common_layout(z, eps, grad)
     grad_eps, grad_z = torch.empty_like(eps), torch.empty_like(z)
     if z.numel() == 0:
         return grad_eps, grad_z, torch.zeros_like(mixing_logit)
     samples, channels = z.shape[:2]
-    logit, stride = _logit(mixing_logit, channels), _r_stride(r, samples)
+    logit, stride = _logit(mixing_logit, channels), sample_stride("r", r, samples)
     grid, sizes, options = backward_plan(samples, channels, z.numel() // (samples * channels), inner)
     compute = compute_type(grad, eps, z)
     partials = grid[0]
@@ -348,7 +305,7 @@ def backward(
             partials,
             COMPUTE=compute,
             BLOCK=block,
-            **launch_options(_warps(block)),
+            **launch_options(warps(block)),
         )
     return grad_eps, grad_z, grad_logit
 
@@ -402,7 +359,7 @@ def _specialisations() -> Iterator[AotSpec]:
                 "grad_logit_ptr": pointer(f32),
                 "partials": "i32",
             },
-            {"COMPUTE": TYPES[dtype], "BLOCK": MAX_PROGRAMS, **launch_options(_warps(MAX_PROGRAMS))},
+            {"COMPUTE": TYPES[dtype], "BLOCK": MAX_PROGRAMS, **launch_options(warps(MAX_PROGRAMS))},
             widest=32,  # a few thousand numbers in all, in rows of any length
         )
 

@@ -154,10 +154,16 @@ def first_device(args: tuple[Any, ...]) -> torch.device:
 class Op(Generic[P, R]):
     """A dispatched operation. Call it like the function it was made from; see the module's docstring."""
 
-    def __init__(self, check: Callable[P, Any], reference: Callable[..., R]) -> None:
+    def __init__(
+        self,
+        check: Callable[P, Any],
+        reference: Callable[..., R],
+        device_of: Callable[..., torch.device] | None = None,
+    ) -> None:
         functools.update_wrapper(self, check)
         self.name: str = check.__name__
         self._check = check
+        self._device_of = device_of
         self._impls: dict[str, Impl] = {}
         self._order: tuple[Impl, ...] = ()
         expected = [p for p in inspect.signature(check).parameters if p != "backend"]
@@ -173,6 +179,17 @@ class Op(Generic[P, R]):
             raise ValueError(f"{self.name}: backend {impl.backend!r} is registered already")
         self._impls[impl.backend] = impl
         self._order = tuple(sorted(self._impls.values(), key=lambda i: -i.priority))
+
+    @property
+    def stem(self) -> str:
+        """Name of the operation's files: its own, or that of its family."""
+        return self.__module__.rpartition(".")[2]
+
+    def device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+        """Where a call runs: on the device of the first tensor argument, unless the operation says otherwise."""
+        if self._device_of is not None:
+            return self._device_of(*args, **kwargs)
+        return first_device((*args, *kwargs.values()))
 
     def impl(self, backend: str) -> Impl:
         """The implementation registered for ``backend``; an unregistered one raises ``BackendUnsupported``."""
@@ -226,7 +243,7 @@ class Op(Generic[P, R]):
             if impl.reasons(*args, **kwargs) or impl.auto_reasons(*args, **kwargs):
                 continue
             if impl.self_tested:
-                device = first_device((*args, *kwargs.values()))
+                device = self.device(args, kwargs)
                 if selftest.problem(self.name, impl.backend, device.type, device.index) is not None:
                     continue
             return impl
@@ -240,9 +257,7 @@ class Op(Generic[P, R]):
             if automatic:
                 why += impl.auto_reasons(*args, **kwargs)
             if impl.self_tested and not why:
-                state, failure = selftest.known(
-                    self.name, impl.backend, first_device((*args, *kwargs.values()))
-                )
+                state, failure = selftest.known(self.name, impl.backend, self.device(args, kwargs))
                 notes[impl.backend] = state
                 if failure is not None and automatic:
                     why.append(failure)
@@ -253,15 +268,19 @@ class Op(Generic[P, R]):
         return Decision(self.name, requested, chosen, tuple(candidates), ", ".join(described), notes)
 
 
-def define_op(reference: Callable[..., R]) -> Callable[[Callable[P, Any]], Op[P, R]]:
+def define_op(
+    reference: Callable[..., R], device_of: Callable[..., torch.device] | None = None
+) -> Callable[[Callable[P, Any]], Op[P, R]]:
     """Turn a documented, validating function into a registered :class:`Op` with ``reference`` as its specification.
+
+    ``device_of``: the device that a call runs on, from its arguments; None: that of the first tensor among them.
 
     The decorated function's signature is the operation's, plus ``backend: str | None = None``; its body only checks
     the inputs and raises ``ValueError`` / ``TypeError`` with the offending value.
     """
 
     def decorate(check: Callable[P, Any]) -> Op[P, R]:
-        op: Op[P, R] = Op(check, reference)
+        op: Op[P, R] = Op(check, reference, device_of)
         if op.name in REGISTRY:
             raise ValueError(f"operation {op.name!r} is defined twice")
         REGISTRY[op.name] = op

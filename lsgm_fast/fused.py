@@ -2,7 +2,9 @@
 
 Called once per operation, from ``ops/<op>.py``, which is the one place for schema, tags, fakes, autograd and limits.
 The kernels themselves are found by the operation's name: C++ registers ``<op>_cpu`` / ``<op>_cuda`` when its library is
-loaded, Triton functions ``forward`` / ``backward`` are taken from ``lsgm_fast.kernels.<op>`` at the first call.
+loaded, Triton functions ``forward`` / ``backward`` are taken from ``lsgm_fast.kernels.<op>`` at the first call. In a
+family, several operations in one file, they carry the rest of the name: ``stage_forward`` in ``kernels/rk.py`` is that
+of ``rk_stage``.
 
 Autocast: no rule is registered, so an operator sees its inputs as they are and its result's dtype follows the
 reference's rule, with or without autocast.
@@ -14,7 +16,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from torch.autograd import forward_ad
 
 from lsgm_fast import native
-from lsgm_fast.dispatch import Impl, Op, first_device
+from lsgm_fast.dispatch import Impl, Op
 
 NAMESPACE = "lsgm_fast"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -61,20 +63,23 @@ def register(
         prepare: the operation's arguments -> the operator's (memory formats, dtypes of scalars).
         reasons: why no fused kernel can run these arguments, apart from availability, which is added here.
         priorities: backend -> priority under ``auto``. auto_reasons: backend -> why ``auto`` would rather not.
-        backward: None for an operation without gradients. tolerance: see :class:`~lsgm_fast.dispatch.Impl`.
+        backward: None for an operation without gradients: where one is wanted, the reference runs.
+        tolerance: see :class:`~lsgm_fast.dispatch.Impl`.
     """
     for backend, priority in priorities.items():
         name = f"{op.name}_{backend}"
-        _define(name, schema, fake, op.name, "forward", backend)
+        prefix = op.name.removeprefix(op.stem).removeprefix("_")
+        prefix += "_" if prefix else ""
+        _define(name, schema, fake, op.stem, f"{prefix}forward", backend)
         if backward is not None:
-            _define(f"{name}_backward", backward.schema, backward.fake, op.name, "backward", backend)
+            _define(f"{name}_backward", backward.schema, backward.fake, op.stem, f"{prefix}backward", backend)
             _differentiate(name, backward)
         call = getattr(getattr(torch.ops, NAMESPACE), name).default
         op.register(
             Impl(
                 backend,
                 _bind(call, prepare),
-                reasons=_with_availability(op.name, backend, reasons),
+                reasons=_with_availability(op, backend, reasons, backward is not None),
                 auto_reasons=(auto_reasons or {}).get(backend, lambda *args, **kwargs: []),
                 priority=priority,
                 self_tested=True,
@@ -90,14 +95,14 @@ def _bind(call: Callable[..., Any], prepare: Callable[..., tuple[Any, ...]]) -> 
     return run
 
 
-def _define(name: str, schema: str, fake: Callable[..., Any], op: str, function: str, backend: str) -> None:
+def _define(name: str, schema: str, fake: Callable[..., Any], stem: str, function: str, backend: str) -> None:
     # Without the tag, Inductor may hand a channels_last kernel contiguous inputs.
     _library.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if backend == "triton":
 
         def launch(*args: Any) -> Any:
-            return getattr(importlib.import_module(f"lsgm_fast.kernels.{op}"), function)(*args)
+            return getattr(importlib.import_module(f"lsgm_fast.kernels.{stem}"), function)(*args)
 
         # On CPU tensors only Triton's interpreter can run it; availability is checked before.
         for key in ("CUDA", "CPU"):
@@ -130,12 +135,29 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _with_availability(op: str, backend: str, reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+def _needs_gradient(values: Iterable[Any]) -> bool:
+    return any(
+        v.requires_grad
+        if isinstance(v, torch.Tensor)
+        else isinstance(v, (list, tuple)) and _needs_gradient(v)
+        for v in values
+    )
+
+
+def _with_availability(
+    op: Op[Any, Any], backend: str, reasons: Callable[..., list[str]], differentiable: bool
+) -> Callable[..., list[str]]:
     def check(*args: Any, **kwargs: Any) -> list[str]:
         if _transformed():
             return ["inside a torch.func transform or forward-mode differentiation: it has no rule for them"]
-        why = unavailable(backend, first_device((*args, *kwargs.values())).type, op)
-        return reasons(*args, **kwargs) if why is None else [why]
+        why = unavailable(backend, op.device(args, kwargs).type, op.name)
+        if why is not None:
+            return [why]
+        if not differentiable and torch.is_grad_enabled() and _needs_gradient((*args, *kwargs.values())):
+            return [
+                "a gradient is wanted, and it has no backward pass: use torch.no_grad() where none is needed"
+            ]
+        return reasons(*args, **kwargs)
 
     return check
 

@@ -91,22 +91,27 @@ def module() -> ModuleType | None:
 
 
 def source_hash(op: str) -> str | None:
-    """sha256 over the sources of the operation's kernels: ``csrc/<op>``, ``kernels/<op>.py`` and what they share.
+    """sha256 over the sources of the operation's kernels: ``csrc/<stem>``, ``kernels/<stem>.py`` and what they share.
 
-    From the source tree where there is one, else as recorded when the libraries were built; None where neither knows
-    the operation.
+    The stem is the operation's name, or that of its family (``rk`` for ``rk_stage``). From the source tree where there
+    is one, else as recorded when the libraries were built; None where neither knows the operation.
     """
     root = _PACKAGE.parent
-    if (root / "csrc").is_dir():
-        return hash_sources(root, op)
-    record = build_record()
-    return None if record is None else record.get("sources", {}).get(op)
+    recorded = (build_record() or {}).get("sources", {})
+    in_tree = (root / "csrc").is_dir()
+    stem = op
+    while stem:
+        found = hash_sources(root, stem) if in_tree else recorded.get(stem)
+        if found is not None:
+            return found
+        stem = stem.rpartition("_")[0]
+    return None
 
 
-def hash_sources(root: Path, op: str) -> str | None:
-    """:func:`source_hash` of the source tree at ``root``; None where no file belongs to the operation."""
-    own = [p for p in (root / "csrc" / op).glob("*") if p.is_file()]
-    own += [p for p in [root / "kernels" / f"{op}.py"] if p.is_file()]
+def hash_sources(root: Path, stem: str) -> str | None:
+    """:func:`source_hash` of the files of that stem in the source tree at ``root``; None where there are none."""
+    own = [p for p in (root / "csrc" / stem).glob("*") if p.is_file()]
+    own += [p for p in [root / "kernels" / f"{stem}.py"] if p.is_file()]
     if not own:
         return None
     digest = hashlib.sha256()
@@ -119,7 +124,7 @@ def hash_sources(root: Path, op: str) -> str | None:
 
 
 def operations(root: Path) -> list[str]:
-    """The operations that have compiled kernels in the source tree at ``root``."""
+    """The stems of the operations that have compiled kernels in the source tree at ``root``."""
     return sorted(path.parent.name for path in (root / "csrc").glob("*/register.cpp"))
 
 

@@ -88,7 +88,7 @@ def forced(**values: object) -> Callable[[], None]:
 def wide_index() -> None:
     import triton.language as tl
 
-    forced(_index_type=lambda elements: tl.int64)()
+    forced(index_type=lambda elements: tl.int64)()
 
 
 def empty() -> None:

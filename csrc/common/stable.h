@@ -14,6 +14,7 @@
 #include <string>
 
 #include "common/dtypes.h"
+#include "common/scalars.h"
 
 namespace lsgm {
 
@@ -72,5 +73,26 @@ static inline bool same_strides(const Tensor& a, const Tensor& b) {
 static inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
+
+// `expected` float32 or float64 values along `axis`, or one for all.
+static inline Scalars scalars(const Tensor& t, const char* name, int64_t axis, int64_t expected) {
+  Scalars s;
+  s.data = t.const_data_ptr();
+  s.dtype = dtype_of(t, name);
+  STD_TORCH_CHECK(s.dtype == DType::float32 || s.dtype == DType::float64, name, " has dtype ",
+      torch::headeronly::toString(t.scalar_type()), ": expected float32 or float64");
+  s.stride = expected == 1 || t.numel() == 1 ? 0 : t.stride(axis);
+  return s;
+}
+
+#if defined(LSGM_CUDA)
+
+static inline void* current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return stream;
+}
+
+#endif
 
 }  // namespace lsgm

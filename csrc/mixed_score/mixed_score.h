@@ -7,23 +7,16 @@
 // This header is what the CPU and the CUDA code share: the arithmetic, and the description of one call. No torch.
 #pragma once
 
-#include <cmath>
-#include <cstddef>
 #include <cstdint>
 
 #include "common/dtypes.h"
 #include "common/indexing.h"
 #include "common/macros.h"
+#include "common/math.h"
+#include "common/scalars.h"
 
 namespace lsgm {
 namespace mixed_score {
-
-// A strided vector of float32 or float64.
-struct Scalars {
-  const void* data;
-  DType dtype;
-  int64_t stride;
-};
 
 // One call. eps, z, grad and the results lie in the same order of memory; z, out, grad and grad_z have z's type, eps
 // and grad_eps eps' type, grad_logit (dense) the logit's type.
@@ -45,45 +38,6 @@ struct Problem {
   double* partials;   // [batch * segments.per_run][channels]: sums of g (eps - r z) over one segment
   const void* table;  // CPU: a and 1 - a of every channel, in the type of the arithmetic
 };
-
-LSGM_HD float exp_of(float x) {
-#if defined(__CUDA_ARCH__)
-  return expf(x);
-#else
-  return std::exp(x);
-#endif
-}
-LSGM_HD double exp_of(double x) {
-#if defined(__CUDA_ARCH__)
-  return exp(x);
-#else
-  return std::exp(x);
-#endif
-}
-
-template <class C>
-LSGM_HD C scalar_at(const Scalars& s, int64_t i) {
-  i *= s.stride;
-  return s.dtype == DType::float64 ? static_cast<C>(static_cast<const double*>(s.data)[i])
-                                   : static_cast<C>(static_cast<const float*>(s.data)[i]);
-}
-
-template <class C>
-struct Mix {
-  C network;  // a
-  C normal;   // 1 - a, without cancellation where a is close to 1
-};
-
-template <class C>
-LSGM_HD Mix<C> mix_of(C logit) {
-  const C e = exp_of(logit < C(0) ? logit : -logit);  // at most 1, so nothing overflows; NaN stays NaN
-  const C large = C(1) / (C(1) + e);
-  const C small = e / (C(1) + e);
-  Mix<C> mix;
-  mix.network = logit < C(0) ? small : large;
-  mix.normal = logit < C(0) ? large : small;
-  return mix;
-}
 
 // `weight` is (1 - a) r.
 template <class C>

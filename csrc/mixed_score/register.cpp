@@ -10,16 +10,6 @@ namespace lsgm {
 namespace mixed_score {
 namespace {
 
-Scalars scalars(const Tensor& t, const char* name, int64_t axis, int64_t expected) {
-  Scalars s;
-  s.data = t.const_data_ptr();
-  s.dtype = dtype_of(t, name);
-  STD_TORCH_CHECK(s.dtype == DType::float32 || s.dtype == DType::float64, name, " has dtype ",
-      torch::headeronly::toString(t.scalar_type()), ": expected float32 or float64");
-  s.stride = expected == 1 || t.numel() == 1 ? 0 : t.stride(axis);
-  return s;
-}
-
 Problem describe(const Tensor& eps, const Tensor& z, const Tensor& logit, const Tensor& r) {
   STD_TORCH_CHECK(z.dim() >= 2, "z has shape ", shape_of(z), ": expected (B, C, ...)");
   STD_TORCH_CHECK(same_shape(eps, z), "eps has shape ", shape_of(eps), " and z ", shape_of(z), ": expected the same");
@@ -48,12 +38,6 @@ Problem describe(const Tensor& eps, const Tensor& z, const Tensor& logit, const 
 }
 
 #if defined(LSGM_CUDA)
-
-void* current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return stream;
-}
 
 void run_forward(Problem& p, const Tensor& z) {
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from lsgm_fast.ops.mixture_logistic import mixture_logistic_log_prob, mixture_logistic_mean
     from lsgm_fast.ops.multistep_update import multistep_update
     from lsgm_fast.ops.philox_normal import philox_normal
-    from lsgm_fast.ops.rk_finish import rk_finish
-    from lsgm_fast.ops.rk_stage import rk_stage
+    from lsgm_fast.ops.rk import rk_control, rk_drift_finish, rk_drift_stage, rk_finish, rk_stage
     from lsgm_fast.ops.score_drift import score_drift
     from lsgm_fast.ops.score_matching_loss import score_matching_loss
     from lsgm_fast.ops.se_residual import se_residual

@@ -9,7 +9,7 @@ import torch
 
 from lsgm_fast import fused
 from lsgm_fast.dispatch import define_op
-from lsgm_fast.ops import _checks
+from lsgm_fast.ops import _checks, _prepare
 from lsgm_fast.reference.mixed_score import mixed_score as reference
 
 
@@ -49,25 +49,15 @@ def mixed_score(
         _checks.per_sample("mixed_score", z, r=r)
 
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
 def _reasons(
     eps: torch.Tensor, z: torch.Tensor, mixing_logit: torch.Tensor | None, r: torch.Tensor | float
 ) -> list[str]:
     why = []
-    device = z.device
     if mixing_logit is None:
         why.append("mixing_logit is None: the result is eps, there is nothing to fuse")
-    elif mixing_logit.device != device:
-        why.append(f"mixing_logit is on {mixing_logit.device}, z on {device}")
-    if eps.dtype not in _DTYPES or z.dtype not in _DTYPES:
-        why.append(f"dtypes {eps.dtype} and {z.dtype}: float32, float64, bfloat16 and float16 are supported")
-    if eps.device != device:
-        why.append(f"eps is on {eps.device}, z on {device}")
-    if isinstance(r, torch.Tensor) and r.requires_grad and torch.is_grad_enabled():
-        why.append("r requires a gradient: it is a function of time, not learned")
-    return why
+    why += _prepare.unsupported_dtypes(eps=eps, z=z)
+    why += _prepare.other_device(z.device, eps=eps, mixing_logit=mixing_logit)
+    return why + _prepare.time_gradient(r=r)
 
 
 # Elements from which forward and backward together pay on the CPU; without gradients the kernel always does.
@@ -88,28 +78,15 @@ def _small_training_step(
     return []
 
 
-def _dense_format(x: torch.Tensor) -> torch.memory_format:
-    """channels_last where x is exactly that, else contiguous."""
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _prepare(
+def _to_kernel(
     eps: torch.Tensor, z: torch.Tensor, mixing_logit: torch.Tensor, r: torch.Tensor | float
 ) -> tuple[torch.Tensor, ...]:
-    memory_format = _dense_format(z)
-    if not isinstance(r, torch.Tensor):
-        r = torch.full((), r, dtype=torch.float64, device=z.device)
-    elif r.device != z.device or r.dtype not in (torch.float32, torch.float64):
-        r = r.to(z.device, torch.float32)
-    if mixing_logit.dtype not in (torch.float32, torch.float64):
-        mixing_logit = mixing_logit.float()
+    memory_format = _prepare.dense_format(z)
     return (
         eps.contiguous(memory_format=memory_format),
         z.contiguous(memory_format=memory_format),
-        mixing_logit.contiguous(),
-        r.contiguous(),
+        _prepare.logit(mixing_logit),
+        _prepare.scalar(r, z.device),
     )
 
 
@@ -121,7 +98,7 @@ def _gradients(
     ctx: Any, call: Callable[..., tuple[torch.Tensor, ...]], grad: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     eps, z, mixing_logit, r = ctx.saved_tensors
-    grad = grad.contiguous(memory_format=_dense_format(z))
+    grad = grad.contiguous(memory_format=_prepare.dense_format(z))
     return (*call(grad, eps, z, mixing_logit, r), None)
 
 
@@ -129,7 +106,7 @@ fused.register(
     mixed_score,
     schema="(Tensor eps, Tensor z, Tensor mixing_logit, Tensor r) -> Tensor",
     fake=lambda eps, z, mixing_logit, r: torch.empty_like(z),
-    prepare=_prepare,
+    prepare=_to_kernel,
     reasons=_reasons,
     priorities={"cpu": 30, "cuda": 30, "triton": 20},
     auto_reasons={"cpu": _small_training_step},

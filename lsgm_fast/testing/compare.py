@@ -126,8 +126,10 @@ def compare_forward(
 
     def evaluate(function: Callable[..., Any], call: Any) -> Results:
         args, kwargs = call
+        args = [_own(a) if position in sample.mutates else a for position, a in enumerate(args)]
         with torch.no_grad():
-            return _flat(function(*args, **kwargs))
+            results = _flat(function(*args, **kwargs))
+        return results + [args[position] for position in sample.mutates]
 
     call = (sample.args, sample.kwargs)
     _compare(lambda c: evaluate(fn, c), lambda c: evaluate(reference, c), call, k, label, "result")
@@ -191,6 +193,14 @@ def gradients(
         [o for o, _ in pairs], leaves, [g.to(o.dtype) for o, g in pairs], allow_unused=True
     )
     return list(found)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, and of the memory between the elements too."""
+    storage = tensor.untyped_storage().clone()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+        storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
 
 
 def _flat(value: Any) -> Results:

@@ -44,13 +44,14 @@ class Sample:
     """One call of an operation.
 
     ``args`` and ``kwargs`` are what the public function takes, in its order; ``differentiable`` are the positions in
-    ``args`` of the tensors (or lists of tensors) that get gradients.
+    ``args`` of the tensors (or lists of tensors) that get gradients, ``mutates`` those of tensors that are written to.
     """
 
     id: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     differentiable: tuple[int, ...] = ()
+    mutates: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         return f"Sample({self.id!r})"
@@ -214,6 +215,7 @@ class OpSamples:
         dtypes: pairs ``(dtype, network_dtype)``.
         layouts: layouts of the main tensors.
         differentiable: positions of the arguments that get gradients.
+        mutates: positions of the tensors that a call writes to; what is in them afterwards counts as results.
         extra: further calls, ``extra(draw) -> (name, arguments) ...``; ``draw(name)`` gives the numbers.
         base: the shape, with the batch, at which dtypes and layouts vary.
         traffic: bytes that a forward call must read and write; None: every tensor among arguments and results once.
@@ -225,6 +227,7 @@ class OpSamples:
     dtypes: Sequence[tuple[torch.dtype, torch.dtype]] = SAME_DTYPES
     layouts: Sequence[str] = LAYOUTS
     differentiable: tuple[int, ...] = ()
+    mutates: tuple[int, ...] = ()
     extra: Callable[[Callable[[str], Draw]], Iterable[tuple[str, Call]]] | None = None
     base: Shape = (3, 5, 6, 7)
     selftest: Shape = (3, 5, 19, 19)
@@ -245,7 +248,7 @@ class OpSamples:
         network_dtype = dtype if network_dtype is None else network_dtype
         label = " ".join([name or describe_shape(shape), describe_dtypes(dtype, network_dtype), layout])
         args, kwargs = self.build(Draw(device, seed, label), tuple(shape), dtype, network_dtype, layout)
-        return Sample(label, args, kwargs, self.differentiable)
+        return Sample(label, args, kwargs, self.differentiable, self.mutates)
 
     def all(self, *, device: torch.device | str, seed: int, large: bool) -> Iterator[Sample]:
         """Every sample; ``large`` adds the published sizes at the batches that people sample and train with."""
@@ -276,7 +279,7 @@ class OpSamples:
             for name, (args, kwargs) in self.extra(lambda label: Draw(device, seed, label)):
                 # An argument left to its default has no gradient.
                 positions = tuple(p for p in self.differentiable if p < len(args))
-                yield Sample(name, args, kwargs, positions)
+                yield Sample(name, args, kwargs, positions, self.mutates)
 
 
 def _product(shape: Iterable[int]) -> int:
