@@ -33,7 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def clone(sample: Sample) -> Sample:
         return value
 
     kwargs = {key: copied(value) for key, value in sample.kwargs.items()}
-    return Sample(sample.id, copied(sample.args), kwargs, sample.differentiable)
+    return replace(sample, args=copied(sample.args), kwargs=kwargs)
 
 
 def calls(fn: Callable[..., Any], samples: Sequence[Sample], mode: str) -> list[Callable[[], Any]]:

@@ -169,19 +169,19 @@ def _autocast(device: str, precision: str) -> contextlib.AbstractContextManager[
 
 @contextlib.contextmanager
 def _evaluations(model: LSGM, device: str, precision: str, budget: Budget) -> Iterator[None]:
-    """Run every evaluation of the drift in its own autocast, and stop the solve where the budget ends."""
-    inner = model.drift
+    """Run every evaluation of the network in its own autocast, and stop the solve where the budget ends."""
+    inner = model._predict
 
-    def drift(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def predict(*args: Any, **kwargs: Any) -> torch.Tensor:
         budget.check()
         with _autocast(device, precision):
             return inner(*args, **kwargs)
 
-    vars(model)["drift"] = drift
+    vars(model)["_predict"] = predict
     try:
         yield
     finally:
-        del vars(model)["drift"]
+        del vars(model)["_predict"]
 
 
 class Sampler:

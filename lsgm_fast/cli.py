@@ -116,7 +116,7 @@ def sample(
     ] = False,
     seed: Seed = 0,
     solver: Annotated[
-        str, typer.Option(help="How the equation is solved: auto, rk45, scipy, dopri5 or ancestral.")
+        str, typer.Option(help="How the equation is solved: auto, rk45, rk23, scipy, dopri5 or ancestral.")
     ] = "auto",
     tol: Annotated[
         float | None,

@@ -142,7 +142,8 @@ def render(report: dict[str, Any]) -> Group:
     operations = Table(
         title="operations with fused kernels, in the order in which `auto` tries them", title_justify="left"
     )
-    for column in ("operation", "backend", "CPU tensors", "CUDA tensors", "validated on"):
+    operations.add_column("operation", no_wrap=True)
+    for column in ("backend", "CPU tensors", "CUDA tensors", "validated on"):
         operations.add_column(column, overflow="fold")
     plain = []
     for name, entries in report["operations"].items():

@@ -219,9 +219,9 @@ class ClockedVAE(nn.Module):
 
 
 class ClockedLSGM(LSGM):
-    def drift(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _predict(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.vae.clock.now += SOLVER_SECONDS  # stands for everything of a solve that is not the network
-        return super().drift(*args, **kwargs)
+        return super()._predict(*args, **kwargs)
 
 
 def clocked_sampler(clock: Clock, solver: str = "rk45", budget: float = 60.0) -> published.Sampler:
@@ -255,7 +255,7 @@ def test_split_recovers_known_parts(solver: str, monkeypatch: pytest.MonkeyPatch
     assert figures["peak_memory"]["kind"] == "not_measured"
     network = sampler.model.prior
     assert network is not None and not network._forward_hooks and not network._forward_pre_hooks
-    assert "drift" not in vars(sampler.model)
+    assert "_predict" not in vars(sampler.model)
 
 
 @pytest.mark.parametrize("solver", published.SOLVERS)
@@ -264,7 +264,7 @@ def test_budget_ends_a_running_solve(solver: str) -> None:
     with pytest.raises(measure.OutOfTime, match="0.2 s"):
         sampler(1e-13)  # thousands of steps
     assert sampler.budget.remaining() > -20.0
-    assert "drift" not in vars(sampler.model)
+    assert "_predict" not in vars(sampler.model)
 
 
 @pytest.mark.parametrize("solver", published.SOLVERS)

@@ -344,7 +344,7 @@ def test_a_real_model_end_to_end(tiny_checkpoint, run, tmp_path, monkeypatch):
     assert (
         whole["nfe"] - 2
     ) % 6 == 0  # SciPy's count: two to choose the first step, six for each attempted one
-    assert whole["backends"]["rk_finish"] == "reference"
+    assert set(whole["backends"]) >= {"rk_drift_stage", "rk_drift_finish", "rk_control"}
     assert run("sample", tiny_checkpoint, *arguments, "--out", "b.png").code == 0
     with np.load("a.npz") as a, np.load("b.npz") as b:
         assert a["arr_0"].shape == (5, 28, 28, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -13,15 +14,21 @@ from scipy.integrate import solve_ivp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsgm_fast.config import SDEConfig
+from lsgm_fast.dispatch import record
 from lsgm_fast.errors import NonFiniteError
 from lsgm_fast.sampling import (
+    HEUN,
+    RK23,
+    RK45,
     SOLVERS,
     Progress,
+    ScoreTerm,
     SolverError,
     ode,
-    rk45,
+    runge_kutta,
     sample_ancestral,
     solution,
+    solve_fixed,
     solve_ode,
 )
 from lsgm_fast.sde import build_sde
@@ -240,13 +247,144 @@ class _HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_one_number_per_attempted_step_travels_to_the_host():
-    z1 = _initial()
+def _score_term(name: str = "vpsde", parity: str = "exact") -> ScoreTerm:
+    """A small nonlinear "network" on (B, 2, 3, 5) states."""
+
+    def predict(z, t):
+        return torch.tanh(z) * (1.0 + t.to(z.dtype)).reshape(-1, 1, 1, 1)
+
+    sde = build_sde(SDEConfig(name=name, sigma2_0=3e-5, parity=parity))
+    return ScoreTerm(predict, sde, torch.tensor([-1.0, 0.5]).reshape(1, 2, 1, 1))
+
+
+@pytest.mark.parametrize("solver", ["rk45", "rk23"])
+def test_one_number_per_attempted_step_travels_to_the_host(solver):
     with _HostReads() as reads:
-        got = solve_ode(_time_dependent, z1, t_end=1e-5)
+        got = solve_ode(_score_term("geometric_sde"), _initial(), t_end=1e-5, rtol=1e-4, solver=solver)
     assert got.rejected > 0
+    assert reads.count <= got.accepted + got.rejected + 1  # a norm that chooses the first step
+
+
+def test_a_fixed_grid_reads_nothing_back():
+    with _HostReads() as reads:
+        got = solve_fixed(_score_term(), _initial(), torch.linspace(1.0, 1e-3, 20).tolist())
+    assert reads.count == 0 and got.nfe == 2 * 19 and got.accepted == 19
+
+
+# --- a score network's ODE: the solver combines the parts ------------------------------------------------------
+
+SDES = ["vpsde", "geometric_sde", "sub_vpsde", "vesde"]
+
+
+@pytest.mark.parametrize("solver", ["rk45", "rk23"])
+@pytest.mark.parametrize("name", SDES)
+def test_a_score_term_takes_the_steps_of_its_plain_drift(name, solver):
+    term = _score_term(name)
+    z1 = _initial() * term.sde.prior_std
+    ours = solve_ode(term, z1, t_end=1e-3, solver=solver, rtol=1e-5, atol=1e-5)
+    plain = solve_ode(lambda t, z: term(t, z), z1, t_end=1e-3, solver=solver, rtol=1e-5, atol=1e-5)
+    assert ours.nfe == plain.nfe
+    assert [s.accepted for s in ours.steps] == [s.accepted for s in plain.steps]
+    np.testing.assert_allclose([s.h for s in ours.steps], [s.h for s in plain.steps], rtol=1e-6)
+    torch.testing.assert_close(ours.z, plain.z, rtol=1e-7, atol=1e-7)
+
+
+def test_a_score_term_calls_the_network_alone_and_with_one_time_per_sample():
+    seen = []
+    term = _score_term()
+
+    def predict(z, t):
+        seen.append((z.shape, t.shape, z.dtype))
+        return term.predict(z, t)
+
+    with record() as log:
+        got = solve_ode(ScoreTerm(predict, term.sde, term.mixing_logit), _initial(), t_end=1e-3)
+    assert set(seen) == {((3, 2, 3, 5), (3,), torch.float64)} and len(seen) == got.nfe
     attempts = got.accepted + got.rejected
-    assert attempts <= reads.count <= attempts + 3  # up to three norms choose the first step
+    calls = {name: sum(n for (op, _), n in log.counts.items() if op == name) for name, _ in log.counts}
+    assert calls == {
+        "score_drift": 2,  # the first evaluation and the one that chooses the first step
+        "rk_stage": 1 + attempts,
+        "rk_drift_stage": 5 * attempts,
+        "rk_drift_finish": attempts,
+        "rk_control": attempts,
+    }
+
+
+def test_published_formulas_are_not_combined():
+    with record() as log:
+        solve_ode(_score_term(parity="published"), _initial(), t_end=1e-3)
+    assert not any(name.startswith("rk_drift") for name, _ in log.counts)
+
+
+@pytest.mark.parametrize("evaluation", [3, 8, 14])
+def test_a_score_network_that_is_not_finite_is_named(evaluation):
+    times = []
+    term = _score_term()
+
+    def predict(z, t):
+        times.append(float(t[0]))
+        out = term.predict(z, t)
+        if len(times) == evaluation:
+            out[0, 1, 2, 3] = math.nan
+        return out
+
+    with pytest.raises(NonFiniteError) as caught:
+        solve_ode(ScoreTerm(predict, term.sde, term.mixing_logit), _initial(), t_end=1e-3)
+    found = re.search(r"step (\d+), stage (\d+) of 7, at t = ([^:]+): the drift returned", str(caught.value))
+    step, stage = (evaluation - 3) // 6 + 1, (evaluation - 3) % 6 + 2
+    assert (int(found[1]), int(found[2])) == (step, stage)
+    assert float(found[3]) == pytest.approx(times[evaluation - 1], abs=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "tableau"), [("rk45", "RK45"), ("rk23", "RK23")])
+def test_a_diffusions_ode_takes_scipys_steps(solver, tableau):
+    """The fused path against SciPy itself, on a term."""
+    term, z1 = _score_term("geometric_sde"), _initial()
+    ours = solve_ode(term, z1, t_end=1e-3, solver=solver, rtol=1e-4, atol=1e-4)
+    theirs = solve_ivp(
+        lambda t, y: term(float(t), torch.from_numpy(y).view_as(z1)).reshape(-1).numpy(),
+        (1.0, 1e-3),
+        z1.reshape(-1).numpy(),
+        method=tableau,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    assert ours.nfe == theirs.nfev and ours.rejected > 0
+    accepted = [step for step in ours.steps if step.accepted]
+    np.testing.assert_allclose([s.t + s.h for s in accepted], theirs.t[1:], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(ours.z.reshape(-1).numpy(), theirs.y[:, -1], rtol=1e-7, atol=1e-7)
+
+
+# --- fixed grids ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tableau", "order"), [(HEUN, 2), (RK23, 3), (RK45, 5)])
+@pytest.mark.parametrize("kind", ["plain", "term"])
+def test_a_fixed_grid_converges_at_the_methods_order(kind, tableau, order):
+    drift = _nonlinear if kind == "plain" else _score_term("sub_vpsde")
+    exact = solve_ode(drift, _initial(), t_end=0.3, rtol=1e-11, atol=1e-11).z
+    errors = []
+    for steps in (16, 32):
+        grid = torch.linspace(1.0, 0.3, steps + 1, dtype=torch.float64).tolist()
+        got = solve_fixed(drift, _initial(), grid, tableau=tableau)
+        assert got.nfe == len(tableau.b) * steps
+        errors.append(float((got.z - exact).norm()))
+    assert errors[1] < errors[0] / 2 ** (order - 0.7) or errors[1] < 1e-10
+
+
+def test_a_fixed_grid_names_the_step_that_went_wrong():
+    def drift(t, z):
+        return z * (math.nan if t < 0.45 else 1.0)
+
+    with pytest.raises(NonFiniteError, match=r"after step 3 of 4, at t = 0\.25"):
+        solve_fixed(drift, _initial(), [1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize("times", [[1.0], [1.0, 1.0], [1.0, math.nan], []])
+def test_a_fixed_grid_needs_steps(times):
+    with pytest.raises(ValueError, match="times must be at least two"):
+        solve_fixed(_nonlinear, _initial(), times)
 
 
 # --- progress and interruption ------------------------------------------------------------------------------
@@ -396,7 +534,10 @@ def test_an_integer_state_is_refused():
 def test_a_relative_tolerance_below_float64_is_raised_as_scipy_does():
     with pytest.warns(UserWarning, match="too small"):
         got = solve_ode(_exponential, _initial(), t_end=0.9, rtol=1e-20, atol=1e-6)
-    assert got.nfe == solve_ode(_exponential, _initial(), t_end=0.9, rtol=rk45.SMALLEST_RTOL, atol=1e-6).nfe
+    assert (
+        got.nfe
+        == solve_ode(_exponential, _initial(), t_end=0.9, rtol=runge_kutta.SMALLEST_RTOL, atol=1e-6).nfe
+    )
 
 
 # --- torchdiffeq baselines ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from lsgm_fast.config import LSGMConfig, SamplingConfig, SDEConfig
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import BN_STATISTICS, NVAE, LatentGroup
-from lsgm_fast.sampling import SOLVERS, Progress, Solution, sample_ancestral, solve_ode
+from lsgm_fast.sampling import SOLVERS, Progress, ScoreTerm, Solution, sample_ancestral, solve_ode
 from lsgm_fast.sde import SDE, build_sde
 from lsgm_fast.weighting import iw_quantities
 
@@ -156,7 +156,7 @@ class LSGM(nn.Module):
 
     def _predict(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The network's output, in its own dtype whatever that of the state."""
-        return self._network()(z.to(self.dtype), t.to(self.dtype))
+        return self._network()(z.to(self.dtype), t.to(self.dtype).to(z.device))
 
     def predict_noise(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Mixed noise prediction ``(1 - a) r z + a eps_theta(z, t)`` for t of shape (B,) or 0-d."""
@@ -169,13 +169,10 @@ class LSGM(nn.Module):
         t is 0-d or (B,). A 0-d t may stay on the CPU: the SDE's coefficients are then computed there and reach the
         device as scalars.
         """
-        sde = sde or self.sde
-        if sde.parity == "published":
-            # The published solver hands the network and the SDE a float32 state.
-            z = z.to(torch.float32)
-        eps = self._predict(z, t.to(z.device).expand(z.shape[0]))
-        p, q, r = sde.drift_coefficients(t)
-        return ops.score_drift(eps, z, self.mixing_logit, p, q, r)
+        return self._term(sde)(t, z)
+
+    def _term(self, sde: SDE | None = None) -> ScoreTerm:
+        return ScoreTerm(self._predict, sde or self.sde, self.mixing_logit)
 
     # -- sampling -----------------------------------------------------------------------------------------------
 
@@ -291,7 +288,7 @@ class LSGM(nn.Module):
             raise ValueError(f"ode_eps must be in (0, 1), got {ode_eps}")
         sde = self.sde.with_parity("published") if solver == "scipy" else self.sde
         return solve_ode(
-            lambda t, z: self.drift(z, torch.tensor(t, dtype=torch.float64, device="cpu"), sde),
+            self._term(sde),
             z1,
             t_end=ode_eps,
             solver=solver,

@@ -1,13 +1,14 @@
 """Sampling: the probability-flow ODE and the ancestral sampler.
 
 ``solve_ode`` integrates ``dz/dt = drift(t, z)``; the solvers know nothing of networks or SDEs.
-``sample_ancestral`` runs the DDPM discretisation.
+``solve_fixed`` does so over given times. ``sample_ancestral`` runs the DDPM discretisation.
 """
 
 from __future__ import annotations
 
 from lsgm_fast.sampling.ancestral import VARIANCES, sample_ancestral
 from lsgm_fast.sampling.ode import SOLVERS, resolve_solver, solve_ode
+from lsgm_fast.sampling.runge_kutta import solve_fixed
 from lsgm_fast.sampling.solution import (
     Callback,
     Drift,
@@ -17,18 +18,26 @@ from lsgm_fast.sampling.solution import (
     StepRecord,
     supports_float64,
 )
+from lsgm_fast.sampling.tableaus import HEUN, RK23, RK45, Tableau
+from lsgm_fast.sampling.terms import ScoreTerm
 
 __all__ = [
+    "HEUN",
+    "RK23",
+    "RK45",
     "SOLVERS",
     "VARIANCES",
     "Callback",
     "Drift",
     "Progress",
+    "ScoreTerm",
     "Solution",
     "SolverError",
     "StepRecord",
+    "Tableau",
     "resolve_solver",
     "sample_ancestral",
+    "solve_fixed",
     "solve_ode",
     "supports_float64",
 ]

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lsgm_fast.errors import unknown_name
 from lsgm_fast.sampling import solution as _solution
-from lsgm_fast.sampling.rk45 import solve_rk45
+from lsgm_fast.sampling.runge_kutta import solve_adaptive
 from lsgm_fast.sampling.solution import Callback, Drift, Solution
+from lsgm_fast.sampling.tableaus import RK23, RK45
 from lsgm_fast.sampling.torchdiffeq_solvers import solve_dopri5, solve_scipy
 
-_SOLVERS = {"rk45": solve_rk45, "scipy": solve_scipy, "dopri5": solve_dopri5}
+_SOLVERS: dict[str, Callable[..., Solution]] = {
+    "rk45": functools.partial(solve_adaptive, tableau=RK45),
+    "rk23": functools.partial(solve_adaptive, tableau=RK23),
+    "scipy": solve_scipy,
+    "dopri5": solve_dopri5,
+}
 SOLVERS = ("auto", *_SOLVERS)
 """Names that ``solve_ode`` accepts."""
 
@@ -51,9 +59,11 @@ def solve_ode(
     (within the tolerance) on the others it is drawn with.
 
     Args:
-        drift: ``drift(t, z)`` with ``t`` a Python float; returns z's shape in any floating-point dtype.
+        drift: ``drift(t, z)`` with ``t`` a Python float; returns z's shape in any floating-point dtype. Of a
+            :class:`~lsgm_fast.sampling.ScoreTerm` ``"rk45"`` and ``"rk23"`` call the network alone.
         z1: state at ``t_start``, (B, ...).
         solver: ``"rk45"`` (``"auto"``): SciPy's RK45 on the tensor's device, its state in ``state_dtype``.
+            ``"rk23"``: the same with SciPy's RK23, Bogacki and Shampine's 3(2) pair.
             ``"scipy"``: the published path through torchdiffeq's ``scipy_solver``: a float64 NumPy state on
             the host, the drift called in z1's own dtype. ``"dopri5"``: torchdiffeq's own Dormand-Prince.
         rtol, atol: tolerances on the local error (the published sampler uses one value for both).

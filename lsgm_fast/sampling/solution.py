@@ -73,7 +73,10 @@ class CountedDrift:
         self.nfe = 0
 
     def evaluate(self, t: float, z: Tensor) -> Tensor:
-        out = self.drift(t, z)
+        return self.counted(self.drift(t, z))
+
+    def counted(self, out: Tensor) -> Tensor:
+        """The result of one evaluation, of the drift or of its network."""
         self.nfe += 1
         if out.shape != self.shape:
             raise ValueError(
