@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import measure, published, validation  # noqa: E402
+from benchmarks import measure, published, solver, validation  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "gpu" / "validate.sh"
 
@@ -501,6 +501,48 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
         published.main(["--name", "x", "--device", "cpu", *arguments])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# -- the solver alone ------------------------------------------------------------------------------------------------
+
+
+def test_the_solvers_own_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--presets",
+        "tiny-rgb",
+        "--batch",
+        "2",
+        "--rounds",
+        "3",
+        "--network",
+        "--force",
+        "--dry-run",
+    ]
+    assert solver.main([*arguments, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/solver.json")
+    (case,) = json.loads(path.read_text())["cases"]
+    figures = case["figures"]
+    assert case["backends"].keys() >= {"rk_drift_stage", "rk_drift_finish", "rk_control"}
+    for name in solver.SOLVERS:
+        # The network's output is stored: the solve is nothing but the solver.
+        assert len(figures[name]["solve"]["values"]) == 3
+        nfe = figures[name]["nfe"]["median"]
+        assert nfe > 8 and (nfe - 2) % 6 == 0
+        assert figures[name]["per_evaluation"]["median"] == pytest.approx(
+            figures[name]["solve"]["median"] / nfe
+        )
+    own = figures["rk45"]["per_evaluation"]["median"]
+    network = figures["network_evaluation"]["median"]
+    assert figures["share"]["value"] == pytest.approx(own / (own + network))
+    assert "scipy / rk45" in capsys.readouterr().out
+
+
+def test_the_solvers_cost_is_not_timed_on_a_busy_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "busy_because", lambda *args, **kwargs: ["a test says so"])
+    assert solver.main(["--presets", "tiny-rgb", "--out", str(tmp_path)]) == 3
+    assert "a test says so" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 # -- the parts and the script ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ parts (default: all)
   tests                    the test suite, with the GPU visible
   kernels                  every fused kernel against float64 on all sample inputs, and under compute-sanitizer
   ops                      fused operations against eager and torch.compile, with achieved bandwidth
+  solver                   whole solves with a network that costs nothing: the solver's own arithmetic
   time-small               mnist, omniglot
   time-cifar               cifar10-fid (cifar10-balanced has the same networks)
   time-cifar-nll           cifar10-nll
@@ -42,19 +43,20 @@ die() {
   exit 2
 }
 
-all_parts=(env build tests kernels ops time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
+all_parts=(env build tests kernels ops solver time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
 parts=()
 budget=420
 dry_run=0
 timing=()
 ops=()
+solver=()
 common=()
 
 while (($#)); do
   case $1 in
     --budget) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--budget expects seconds, got '${2:-}'"; budget=$2; shift ;;
     --dry-run) dry_run=1 ;;
-    --force) timing+=(--force); ops+=(--force) ;;
+    --force) timing+=(--force); ops+=(--force); solver+=(--force) ;;
     --no-solved) timing+=(--no-solved) ;;
     --commit) [[ -n ${2:-} ]] || die "--commit expects a commit"; common+=(--commit "$2"); shift ;;
     -h | --help) usage; exit 0 ;;
@@ -92,6 +94,7 @@ if ((dry_run)); then
   common+=(--device cpu --dry-run)
   timing+=(--force --batch 2 --repeats 3 3)
   ops+=(--quick --rounds 3 --force)
+  solver+=(--force --batch 2 --rounds 2)
 else
   common+=(--device cuda)
 fi
@@ -100,6 +103,7 @@ presets_of() {
   if ((dry_run)); then
     case $1 in
       time-small) echo tiny-binary ;;
+      solver) echo tiny-rgb ;;
       time-cifar*) echo tiny-rgb ;;
       time-celeba*) echo tiny-multiscale ;;
     esac
@@ -107,6 +111,7 @@ presets_of() {
   fi
   case $1 in
     time-small) echo mnist omniglot ;;
+    solver) echo mnist cifar10-fid cifar10-nll celebahq256-quantitative celebahq256-qualitative ;;
     time-cifar) echo cifar10-fid ;;
     time-cifar-nll) echo cifar10-nll ;;
     time-celeba) echo celebahq256-quantitative ;;
@@ -130,6 +135,11 @@ run_part() {
       fi
       ;;
     ops) limited "$python" -m benchmarks.ops --name ops --budget "$budget" ${ops[@]+"${ops[@]}"} "${common[@]}" ;;
+    solver)
+      read -ra presets <<<"$(presets_of "$1")"
+      limited "$python" -m benchmarks.solver --presets "${presets[@]}" --budget "$budget" \
+        ${solver[@]+"${solver[@]}"} "${common[@]}"
+      ;;
     kernels) limited "$python" -m benchmarks.kernels "${common[@]}" --budget "$budget" ;;
     time-*)
       read -ra presets <<<"$(presets_of "$1")"
