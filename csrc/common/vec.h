@@ -43,8 +43,28 @@ static inline Lane<C> add(Lane<C> a, Lane<C> b) {
   return {a.v + b.v};
 }
 template <class C>
+static inline Lane<C> div(Lane<C> a, Lane<C> b) {
+  return {a.v / b.v};
+}
+// The larger one; b where one is NaN.
+template <class C>
+static inline Lane<C> max(Lane<C> a, Lane<C> b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+static inline Lane<float> abs(Lane<float> a) { return {__builtin_fabsf(a.v)}; }
+static inline Lane<double> abs(Lane<double> a) { return {__builtin_fabs(a.v)}; }
+template <class C>
 static inline C sum(Lane<C> a) {
   return a.v;
+}
+
+// What is left of x when it is stored as a T.
+template <class C, class T>
+static inline Lane<C> rounded(Lane<C> x, Type<T>) {
+  T stored;
+  store(x, &stored);
+  load(x, &stored);
+  return x;
 }
 
 #if LSGM_VEC_AVX2
@@ -97,6 +117,12 @@ static inline void store(Vec<float> x, BFloat16* p) { _mm_storeu_si128(reinterpr
 static inline void fill(Vec<float>& x, float v) { x.v = _mm256_set1_ps(v); }
 static inline Vec<float> mul(Vec<float> a, Vec<float> b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline Vec<float> add(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.v, b.v)}; }
+static inline Vec<float> div(Vec<float> a, Vec<float> b) { return {_mm256_div_ps(a.v, b.v)}; }
+static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline Vec<float> abs(Vec<float> a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+static inline Vec<float> rounded(Vec<float> x, Type<float>) { return x; }
+static inline Vec<float> rounded(Vec<float> x, Type<Half>) { return {_mm256_cvtph_ps(f16x8(x.v))}; }
+static inline Vec<float> rounded(Vec<float> x, Type<BFloat16>) { return {widen8(bf16x8(x.v))}; }
 static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 static inline float sum(Vec<float> a) {
@@ -133,6 +159,10 @@ static inline void store(Vec<double> x, BFloat16* p) {
 static inline void fill(Vec<double>& x, double v) { x.v = _mm256_set1_pd(v); }
 static inline Vec<double> mul(Vec<double> a, Vec<double> b) { return {_mm256_mul_pd(a.v, b.v)}; }
 static inline Vec<double> add(Vec<double> a, Vec<double> b) { return {_mm256_add_pd(a.v, b.v)}; }
+static inline Vec<double> div(Vec<double> a, Vec<double> b) { return {_mm256_div_pd(a.v, b.v)}; }
+static inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.v, b.v)}; }
+static inline Vec<double> abs(Vec<double> a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }
+static inline Vec<double> rounded(Vec<double> x, Type<double>) { return x; }
 static inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 static inline Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm256_fnmadd_pd(a.v, b.v, c.v)};

@@ -125,8 +125,12 @@ void run(Problem& p, const Tensor& y) {
 
 void run(Problem& p, const Tensor&) {
   cpu::plan(p);
-  std::vector<double> partials(p.norm == nullptr ? 0 : static_cast<size_t>(p.segments.count));
-  p.partials = partials.data();
+  constexpr int64_t kOnStack = 8192;
+  alignas(double) unsigned char small[kOnStack];
+  std::vector<unsigned char> large;
+  const int64_t size = cpu::scratch(p);
+  if (size > kOnStack) large.resize(static_cast<size_t>(size));
+  cpu::prepare(p, size > kOnStack ? large.data() : small);
   torch::stable::parallel_for(
       0, p.segments.count, cpu::grain(p), [&p](int64_t begin, int64_t end) { cpu::step(p, begin, end); });
   if (p.norm != nullptr) cpu::finish(p);

@@ -56,6 +56,7 @@ struct Problem {
 
   Segments segments;  // made by cpu::plan or cuda::plan
   double* partials;   // [segments.count]: sums of squares
+  const void* alpha;  // CPU: alpha of every channel, or of every element of a sample, in the type of the arithmetic
 };
 
 LSGM_HD int64_t elements(const Problem& p) { return p.batch * p.channels * p.spatial; }
@@ -154,11 +155,14 @@ LSGM_HD void advance(const Control& c, int64_t i) {
   after[kNorm] = norm;
 }
 
-// CPU. `plan` makes the segments; `step` does the segments [begin, end) and may run in several threads; `finish` makes
+// CPU. `plan` makes the segments; `prepare` takes `scratch` bytes of memory, aligned as a double is, for the partial sums
+// and for alpha, which it computes; `step` does the segments [begin, end) and may run in several threads; `finish` makes
 // the norm from the partial sums, in a fixed order.
 namespace cpu {
 
 void plan(Problem& p);
+int64_t scratch(const Problem& p);
+void prepare(Problem& p, void* memory);
 int64_t grain(const Problem& p);  // segments below which a second thread does not pay
 void step(const Problem& p, int64_t begin, int64_t end);
 void finish(const Problem& p);
