@@ -4,10 +4,9 @@ Both kernels are bound by memory: forward reads eps and z once and writes the re
 once and writes two gradients and a few partial sums. Tensors are (B, C, *spatial), dense, with the channels before
 (contiguous) or after (channels_last) the positions; ``SPACE`` below is the number of positions.
 
-The forward kernel walks through memory as it lies, so that a thread's elements are neighbours in either format, and
-finds the channel by a division. The backward kernel works on tiles of channels x positions, because it also
-sums over positions: each program adds its tiles up in registers and writes one partial sum per channel, which a
-second kernel adds in a fixed order. No atomics: the result is the same in every run.
+The forward kernel walks through memory as it lies (``_channelwise.py``). The backward kernel works on tiles of channels
+x positions, because it also sums over positions: each program adds its tiles up in registers and writes one partial sum
+per channel, which a second kernel adds in a fixed order. No atomics: the result is the same in every run.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lsgm_fast.kernels._channelwise import forward_plan, load_channels, locate, logit_values
 from lsgm_fast.kernels._common import (
     TYPES,
     AotSpec,
@@ -57,25 +57,16 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,  # integer type of an index inside one sample
 ):
-    pid = tl.program_id(0)
-    sample = pid // blocks
-    block = pid - sample * blocks
     size = sample_units.to(INDEX) * ALIGN
-
-    # Counting in groups: one division for each, and the compiler sees that a group starts at a multiple of GROUP.
-    group = (block.to(INDEX) * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP).to(INDEX))[:, None]
-    within = tl.arange(0, GROUP)[None, :]
+    sample, group, within = locate(blocks, GROUP, BLOCK, INDEX)
+    base = sample * size
     index = group * GROUP + within
     mask = index < size
-    base = sample.to(tl.int64) * size
     eps = tl.load(eps_ptr + base + index, mask=mask).to(COMPUTE)
     z = tl.load(z_ptr + base + index, mask=mask).to(COMPUTE)
-    if CHANNELS_LAST:
-        logit = tl.load(logit_ptr + (group % inner_groups * GROUP + within), mask=mask)
-    else:
-        logit = tl.load(logit_ptr + group // inner_groups, mask=group * GROUP < size)
+    logit = load_channels(logit_ptr, group, within, inner_groups, size, GROUP, CHANNELS_LAST)
     a, one_minus_a = mixing(logit.to(COMPUTE))
-    r = tl.load(r_ptr + sample.to(tl.int64) * r_stride).to(COMPUTE)
+    r = tl.load(r_ptr + sample * r_stride).to(COMPUTE)
     store(out_ptr + base + index, one_minus_a * r * z + a * eps, mask)
 
 
@@ -160,14 +151,6 @@ MAX_PROGRAMS = 1024
 """Most partial sums per channel: programs for every multiprocessor of the largest GPUs, and one block to add them."""
 
 
-def forward_block(size: int) -> int:
-    """Elements per program for samples of ``size`` elements: the largest that leaves at most 1/8 of the lanes idle."""
-    for block in (1024, 512):
-        if triton.cdiv(size, block) * block * 7 <= size * 8:
-            return block
-    return 256
-
-
 def backward_blocks(channels: int, space: int, channels_inner: bool) -> tuple[int, int]:
     """(channels, positions) of a tile: 1024 elements, long along the inner extent but with few lanes beyond its end."""
     extent, other = (channels, space) if channels_inner else (space, channels)
@@ -179,27 +162,6 @@ def backward_blocks(channels: int, space: int, channels_inner: bool) -> tuple[in
     )
     outer = min(triton.next_power_of_2(other), 1024 // inner)
     return (inner, outer) if channels_inner else (outer, inner)
-
-
-def forward_plan(
-    samples: int, channels: int, space: int, channels_inner: bool
-) -> tuple[tuple[int, ...], dict[str, int], dict[str, Any]]:
-    """(grid, sizes, options): what the forward kernel gets besides tensors, r's stride and COMPUTE."""
-    size = channels * space
-    inner = channels if channels_inner else space
-    group, align = alignment(inner), alignment(size)
-    block = forward_block(size)
-    blocks = triton.cdiv(size, block)
-    sizes = {"inner_groups": inner // group, "sample_units": size // align, "blocks": blocks}
-    options = {
-        "CHANNELS_LAST": channels_inner,
-        "ALIGN": align,
-        "GROUP": group,
-        "BLOCK": block,
-        "INDEX": index_type(size),
-        **launch_options(warps(block)),
-    }
-    return (samples * blocks,), sizes, options
 
 
 def backward_plan(
@@ -226,12 +188,6 @@ def backward_plan(
     return (triton.cdiv(tiles, tiles_per_program), channel_blocks), sizes, options
 
 
-def _logit(mixing_logit: Tensor, channels: int) -> Tensor:
-    if mixing_logit.numel() != channels:
-        raise ValueError(f"mixing_logit has shape {tuple(mixing_logit.shape)}, expected {channels} values")
-    return mixing_logit.contiguous()
-
-
 def forward(eps: Tensor, z: Tensor, mixing_logit: Tensor, r: Tensor) -> Tensor:
     """``(1 - a) r z + a eps``, in z's dtype and memory format.
 
@@ -246,7 +202,7 @@ def forward(eps: Tensor, z: Tensor, mixing_logit: Tensor, r: Tensor) -> Tensor:
     if z.numel() == 0:
         return out
     samples, channels = z.shape[:2]
-    logit, stride = _logit(mixing_logit, channels), sample_stride("r", r, samples)
+    logit, stride = logit_values(mixing_logit, channels), sample_stride("r", r, samples)
     grid, sizes, options = forward_plan(samples, channels, z.numel() // (samples * channels), inner)
     with device_guard(z):
         forward_kernel[grid](
@@ -274,7 +230,7 @@ def backward(
     if z.numel() == 0:
         return grad_eps, grad_z, torch.zeros_like(mixing_logit)
     samples, channels = z.shape[:2]
-    logit, stride = _logit(mixing_logit, channels), sample_stride("r", r, samples)
+    logit, stride = logit_values(mixing_logit, channels), sample_stride("r", r, samples)
     grid, sizes, options = backward_plan(samples, channels, z.numel() // (samples * channels), inner)
     compute = compute_type(grad, eps, z)
     partials = grid[0]

@@ -116,7 +116,7 @@ def hash_sources(root: Path, stem: str) -> str | None:
         return None
     digest = hashlib.sha256()
     shared = [p for p in (root / "csrc" / "common").glob("*") if p.is_file()]
-    shared += [p for p in [root / "kernels" / "_common.py"] if p.is_file()]
+    shared += (root / "kernels").glob("_*.py")
     for path in sorted(own + shared):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")

@@ -251,7 +251,7 @@ def test_split_recovers_known_parts(solver: str, monkeypatch: pytest.MonkeyPatch
     assert figures["per_sample"]["median"] == total / 2
     assert figures["per_evaluation"]["median"] == SCORE_SECONDS + SOLVER_SECONDS
     assert figures["decode"]["median"] == DECODE_SECONDS
-    assert backends["score_drift"] == "reference"
+    assert backends["score_drift"] in ("cpu", "reference")  # with and without the compiled library
     assert figures["peak_memory"]["kind"] == "not_measured"
     network = sampler.model.prior
     assert network is not None and not network._forward_hooks and not network._forward_pre_hooks

@@ -357,7 +357,9 @@ def test_source_hash_follows_the_sources(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     original = native.hash_sources(tmp_path, "mixed_score")
     assert original == native.source_hash("mixed_score") and re.fullmatch("[0-9a-f]{64}", original)
-    for path in (*tmp_path.glob("csrc/*/*"), tmp_path / "kernels" / "mixed_score.py"):
+    kernels = tmp_path / "kernels"
+    shared = [kernels / "_common.py", *kernels.glob("_*.py")]
+    for path in (*tmp_path.glob("csrc/*/*"), kernels / "mixed_score.py", *shared):
         content = path.read_bytes() if path.exists() else b""
         path.write_bytes(content + b" ")
         assert native.hash_sources(tmp_path, "mixed_score") != original, path

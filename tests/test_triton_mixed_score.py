@@ -71,16 +71,20 @@ def forced(**values: object) -> Callable[[], None]:
     """Tries what only large tensors lead to, on small ones."""
 
     def check() -> None:
-        from lsgm_fast.kernels import mixed_score
+        from lsgm_fast.kernels import _channelwise, mixed_score
 
-        original = {name: getattr(mixed_score, name) for name in values}
-        vars(mixed_score).update(values)
-        try:
+        users = [
+            (module, name)
+            for module in (_channelwise, mixed_score)
+            for name in values
+            if hasattr(module, name)
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name in users:
+                patch.setattr(module, name, values[name])
             for shape in ((5, 6, 4, 8), (3, 5, 3, 7), (4, 36, 2, 2)):
                 for channels_last in (False, True):
                     assert_right(inputs(shape, channels_last))
-        finally:
-            vars(mixed_score).update(original)
 
     return check
 

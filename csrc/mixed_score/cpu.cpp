@@ -1,7 +1,7 @@
 // CPU kernels of mixed_score, compiled once per instruction set (LSGM_ISA; see common/cpu.h). No torch.
 #include "common/cpu.h"
 
-#include "common/vec.h"
+#include "common/vector_loop.h"
 #include "mixed_score/mixed_score.h"
 
 namespace lsgm {
@@ -21,58 +21,28 @@ constexpr int64_t kFlush = 2048;
 // operator that reads the output next would pay for them.
 template <class C, class E, class Z>
 void forward_plane(const E* eps, const Z* z, Z* out, int64_t n, C network, C weight) {
-  Vec<C> a, w, e, x;
-  fill(a, network);
-  fill(w, weight);
-  const auto step = [&](int64_t i) {
+  for_each_register<C>(n, [=](auto kind, int64_t i) {
+    decltype(kind) a, w, e, x;
+    fill(a, network);
+    fill(w, weight);
     load(e, eps + i);
     load(x, z + i);
     store(fma(a, e, mul(w, x)), out + i);
-  };
-  constexpr int64_t width = Vec<C>::width;
-  int64_t i = 0;
-  for (; i + width <= n; i += width) step(i);
-  if (i == n) return;
-  if (n >= width) {  // the last register overlaps the one before: same inputs, same values
-    step(n - width);
-    return;
-  }
-  Lane<C> a1{network}, w1{weight}, e1, x1;
-  for (; i < n; ++i) {
-    load(e1, eps + i);
-    load(x1, z + i);
-    store(fma(a1, e1, mul(w1, x1)), out + i);
-  }
+  });
 }
 
 // One row: the channels of one position.
 template <class C, class E, class Z>
 void forward_row(const E* eps, const Z* z, Z* out, int64_t channels, const C* network, const C* normal, C r) {
-  Vec<C> a, w, e, x, scale;
-  fill(scale, r);
-  const auto step = [&](int64_t i) {
+  for_each_register<C>(channels, [=](auto kind, int64_t i) {
+    decltype(kind) a, w, e, x, scale;
+    fill(scale, r);
     load(a, network + i);
     load(w, normal + i);
     load(e, eps + i);
     load(x, z + i);
     store(fma(a, e, mul(mul(w, scale), x)), out + i);
-  };
-  constexpr int64_t width = Vec<C>::width;
-  int64_t i = 0;
-  for (; i + width <= channels; i += width) step(i);
-  if (i == channels) return;
-  if (channels >= width) {
-    step(channels - width);
-    return;
-  }
-  Lane<C> a1, w1, e1, x1, scale1{r};
-  for (; i < channels; ++i) {
-    load(a1, network + i);
-    load(w1, normal + i);
-    load(e1, eps + i);
-    load(x1, z + i);
-    store(fma(a1, e1, mul(mul(w1, scale1), x1)), out + i);
-  }
+  });
 }
 
 template <class C, class E, class Z>
@@ -156,12 +126,6 @@ void backward_rows(const Z* grad, const E* eps, const Z* z, E* grad_eps, Z* grad
   for (int64_t c = 0; c < channels; ++c) totals[c] = static_cast<double>(sums[c]);
 }
 
-// Calls f with pointers of the operands' types.
-template <class F>
-void with_types(const Problem& p, F&& f) {
-  visit(p.eps_dtype, [&](auto eps_type) { visit(p.z_dtype, [&](auto z_type) { f(eps_type, z_type); }); });
-}
-
 template <class C, class E, class Z>
 void forward_segments(const Problem& p, int64_t begin, int64_t end) {
   const auto* eps = static_cast<const E*>(p.eps);
@@ -169,20 +133,21 @@ void forward_segments(const Problem& p, int64_t begin, int64_t end) {
   auto* out = static_cast<Z*>(p.out);
   const auto* network = static_cast<const C*>(p.table);
   const C* normal = network + p.channels;
+  if (p.order == Order::planes) {
+    Plane plane = plane_at(p, begin);
+    for (int64_t s = begin; s < end; ++s, advance(p, plane)) {
+      const C r = scalar_at<C>(p.r, plane.sample);
+      forward_plane<C>(eps + plane.at, z + plane.at, out + plane.at, plane.size, network[plane.channel],
+          normal[plane.channel] * r);
+    }
+    return;
+  }
   for (int64_t s = begin; s < end; ++s) {
     const Segment segment = segment_at(p.segments, s);
-    if (p.order == Order::planes) {
-      const int64_t sample = segment.run / p.channels;
-      const int64_t c = segment.run - sample * p.channels;
-      const int64_t at = segment.run * p.spatial + segment.begin;
-      const C r = scalar_at<C>(p.r, sample);
-      forward_plane<C>(eps + at, z + at, out + at, segment.size, network[c], normal[c] * r);
-    } else {
-      const C r = scalar_at<C>(p.r, segment.run);
-      for (int64_t row = 0; row < segment.size; ++row) {
-        const int64_t at = (segment.run * p.spatial + segment.begin + row) * p.channels;
-        forward_row<C>(eps + at, z + at, out + at, p.channels, network, normal, r);
-      }
+    const C r = scalar_at<C>(p.r, segment.run);
+    for (int64_t row = 0; row < segment.size; ++row) {
+      const int64_t at = (segment.run * p.spatial + segment.begin + row) * p.channels;
+      forward_row<C>(eps + at, z + at, out + at, p.channels, network, normal, r);
     }
   }
 }
@@ -196,23 +161,24 @@ void backward_segments(const Problem& p, int64_t begin, int64_t end) {
   auto* grad_z = static_cast<Z*>(p.grad_z);
   const auto* network = static_cast<const C*>(p.table);
   const C* normal = network + p.channels;
+  if (p.order == Order::planes) {
+    Plane plane = plane_at(p, begin);
+    for (int64_t s = begin; s < end; ++s, advance(p, plane)) {
+      const C r = scalar_at<C>(p.r, plane.sample);
+      p.partials[plane_partial(p, plane)] =
+          backward_plane<C>(grad + plane.at, eps + plane.at, z + plane.at, grad_eps + plane.at, grad_z + plane.at,
+              plane.size, network[plane.channel], normal[plane.channel] * r, r);
+    }
+    return;
+  }
   for (int64_t s = begin; s < end; ++s) {
     const Segment segment = segment_at(p.segments, s);
-    if (p.order == Order::planes) {
-      const int64_t sample = segment.run / p.channels;
-      const int64_t c = segment.run - sample * p.channels;
-      const int64_t at = segment.run * p.spatial + segment.begin;
-      const C r = scalar_at<C>(p.r, sample);
-      p.partials[(sample * p.segments.per_run + segment.piece) * p.channels + c] = backward_plane<C>(
-          grad + at, eps + at, z + at, grad_eps + at, grad_z + at, segment.size, network[c], normal[c] * r, r);
-    } else {
-      const C r = scalar_at<C>(p.r, segment.run);
-      double* totals = p.partials + (segment.run * p.segments.per_run + segment.piece) * p.channels;
-      for (int64_t c = 0; c < p.channels; c += kChannelTile) {
-        const int64_t at = (segment.run * p.spatial + segment.begin) * p.channels + c;
-        backward_rows<C>(grad + at, eps + at, z + at, grad_eps + at, grad_z + at, segment.size, p.channels,
-            smaller(kChannelTile, p.channels - c), network + c, normal + c, r, totals + c);
-      }
+    const C r = scalar_at<C>(p.r, segment.run);
+    double* totals = p.partials + (segment.run * p.segments.per_run + segment.piece) * p.channels;
+    for (int64_t c = 0; c < p.channels; c += kChannelTile) {
+      const int64_t at = (segment.run * p.spatial + segment.begin) * p.channels + c;
+      backward_rows<C>(grad + at, eps + at, z + at, grad_eps + at, grad_z + at, segment.size, p.channels,
+          smaller(kChannelTile, p.channels - c), network + c, normal + c, r, totals + c);
     }
   }
 }
@@ -241,21 +207,6 @@ void backward(const Problem& p, int64_t begin, int64_t end) {
 
 #if !LSGM_VEC_AVX2  // what exists once, compiled for every processor
 namespace cpu {
-
-void plan(Problem& p) {
-  constexpr int64_t kSegment = 16384;  // elements: long enough to hide its own set-up, short enough to share out
-  if (p.order == Order::planes) {
-    p.segments = make_segments(p.batch * p.channels, p.spatial, kSegment);
-  } else {
-    p.segments = make_segments(p.batch, p.spatial, larger(1, kSegment / p.channels));
-  }
-}
-
-int64_t grain(const Problem& p) {
-  constexpr int64_t kElementsPerThread = 65536;  // some ten microseconds: what waking a second thread costs
-  const int64_t units = smaller(p.segments.limit, p.segments.length);
-  return larger(1, kElementsPerThread / (p.order == Order::planes ? units : units * p.channels));
-}
 
 template <class C>
 static void fill_table_as(const Problem& p, C* table) {

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) backward_planes_kernel(const Problem
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
       total += __shfl_xor_sync(0xffffffffu, total, distance);
     }
-    if (active && lane == 0) p.partials[plane_at(p, s).partial] = static_cast<double>(total);
+    if (active && lane == 0) p.partials[plane_partial(p, plane_at(p, s))] = static_cast<double>(total);
   }
 }
 
@@ -51,13 +51,13 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows_kernel(const Proble
     backward_rows<C, E, Z, N>(p, l, s, column, sums);
     for (int k = 0; k < N; ++k) shared[k][threadIdx.x] = sums[k];
     __syncthreads();
-    if (column.active && column.line == 0) {
+    if (column.place.active && column.place.line == 0) {
       for (int k = 0; k < N; ++k) {
         double total = 0;
         for (int line = 0; line < l.lines; ++line) {
           total += static_cast<double>(shared[k][line * l.columns + threadIdx.x]);
         }
-        p.partials[row_partial(p, s, column.channel + k)] = total;
+        p.partials[row_partial(p, s, column.place.channel + k)] = total;
       }
     }
     __syncthreads();

@@ -9,8 +9,7 @@
 
 #include <cstdint>
 
-#include "common/dtypes.h"
-#include "common/indexing.h"
+#include "common/channelwise.h"
 #include "common/macros.h"
 #include "common/math.h"
 #include "common/scalars.h"
@@ -18,19 +17,11 @@
 namespace lsgm {
 namespace mixed_score {
 
-// One call. eps, z, grad and the results lie in the same order of memory; z, out, grad and grad_z have z's type, eps
-// and grad_eps eps' type, grad_logit (dense) the logit's type.
-struct Problem {
-  Order order;
-  int64_t batch, channels, spatial;
-  Segments segments;  // made by cpu::plan or cuda::plan
-  DType eps_dtype, z_dtype;
-  const void* eps;
-  const void* z;
-  Scalars logit;  // `channels` values
-  Scalars r;      // `batch` values, or one with stride 0
-  void* out;
+using namespace channelwise;
 
+// One call. grad, grad_eps and grad_z lie in the order of memory of eps and z; grad and grad_z have z's type, grad_eps
+// eps' type, grad_logit (dense) the logit's type.
+struct Problem : Operands {
   const void* grad;
   void* grad_eps;
   void* grad_z;
@@ -65,21 +56,18 @@ LSGM_HD void store_logit_gradient(const Problem& p, int64_t channel, double tota
   }
 }
 
-LSGM_HD bool computes_in_double(const Problem& p) {
-  return p.eps_dtype == DType::float64 || p.z_dtype == DType::float64;
-}
-
-LSGM_HD int64_t elements(const Problem& p) { return p.batch * p.channels * p.spatial; }
-
 // Rows of `partials`.
 LSGM_HD int64_t partial_rows(const Problem& p) { return p.batch * p.segments.per_run; }
 
-// CPU. `plan` makes the segments; `fill_table` wants room for 2 * channels doubles; `forward` and `backward` do the
-// segments [begin, end) and may run in several threads; `finish` sums the partials in a fixed order.
+// Where the sum over a segment of a plane belongs.
+LSGM_HD int64_t plane_partial(const Problem& p, const Plane& plane) {
+  return (plane.sample * p.segments.per_run + plane.piece) * p.channels + plane.channel;
+}
+
+// CPU. `fill_table` wants room for 2 * channels doubles; `forward` and `backward` do the segments [begin, end) that
+// plan_for_cpu made and may run in several threads; `finish` sums the partials in a fixed order.
 namespace cpu {
 
-void plan(Problem& p);
-int64_t grain(const Problem& p);  // segments below which a second thread does not pay
 void fill_table(const Problem& p, void* table);
 void forward(const Problem& p, int64_t begin, int64_t end);
 void backward(const Problem& p, int64_t begin, int64_t end);

@@ -3,37 +3,16 @@
 #include <tuple>
 #include <vector>
 
-#include "common/stable.h"
+#include "common/channelwise_stable.h"
 #include "mixed_score/mixed_score.h"
 
 namespace lsgm {
 namespace mixed_score {
 namespace {
 
-Problem describe(const Tensor& eps, const Tensor& z, const Tensor& logit, const Tensor& r) {
-  STD_TORCH_CHECK(z.dim() >= 2, "z has shape ", shape_of(z), ": expected (B, C, ...)");
-  STD_TORCH_CHECK(same_shape(eps, z), "eps has shape ", shape_of(eps), " and z ", shape_of(z), ": expected the same");
-  STD_TORCH_CHECK(same_device(eps, z) && same_device(logit, z) && same_device(r, z),
-      "eps, z, mixing_logit and r must be on one device");
+Problem describe_call(const Tensor& eps, const Tensor& z, const Tensor& logit, const Tensor& r) {
   Problem p{};
-  p.batch = z.size(0);
-  p.channels = z.size(1);
-  p.spatial = 1;
-  for (int64_t d = 2; d < z.dim(); ++d) p.spatial *= z.size(d);
-  STD_TORCH_CHECK(logit.numel() == p.channels && (p.channels == 1 || (logit.dim() >= 2 && logit.size(1) == p.channels)),
-      "mixing_logit has shape ", shape_of(logit), ": expected (1, ", p.channels, ", 1, 1)");
-  STD_TORCH_CHECK(r.dim() <= 1 && (r.numel() == 1 || r.numel() == p.batch), "r has shape ", shape_of(r),
-      ": expected () or (", p.batch, ",)");
-  p.eps_dtype = dtype_of(eps, "eps");
-  p.z_dtype = dtype_of(z, "z");
-  p.logit = scalars(logit, "mixing_logit", 1, p.channels);
-  p.r = scalars(r, "r", 0, p.batch);
-  if (elements(p) == 0) return p;
-  p.order = order_of(z.dim(), z.sizes().data(), z.strides().data());
-  STD_TORCH_CHECK(p.order != Order::unsupported && same_strides(eps, z), "eps has strides ", strides_of(eps), " and z ",
-      strides_of(z), ": expected both contiguous or both channels_last");
-  p.eps = eps.const_data_ptr();
-  p.z = z.const_data_ptr();
+  describe(p, eps, z, &logit, r);
   return p;
 }
 
@@ -57,30 +36,28 @@ void run_backward(Problem& p, const Tensor& z) {
 #else
 
 void run_forward(Problem& p, const Tensor&) {
-  cpu::plan(p);
-  std::vector<unsigned char> table(static_cast<size_t>(2 * p.channels) * sizeof(double));
+  plan_for_cpu(p);
+  Table table(2 * p.channels);
   cpu::fill_table(p, table.data());
   p.table = table.data();
-  torch::stable::parallel_for(
-      0, p.segments.count, cpu::grain(p), [&p](int64_t begin, int64_t end) { cpu::forward(p, begin, end); });
+  run_segments(p, &cpu::forward);
 }
 
 void run_backward(Problem& p, const Tensor&) {
-  cpu::plan(p);
-  std::vector<unsigned char> table(static_cast<size_t>(2 * p.channels) * sizeof(double));
+  plan_for_cpu(p);
+  Table table(2 * p.channels);
   std::vector<double> partials(static_cast<size_t>(partial_rows(p) * p.channels));
   cpu::fill_table(p, table.data());
   p.table = table.data();
   p.partials = partials.data();
-  torch::stable::parallel_for(
-      0, p.segments.count, cpu::grain(p), [&p](int64_t begin, int64_t end) { cpu::backward(p, begin, end); });
+  run_segments(p, &cpu::backward);
   cpu::finish(p);
 }
 
 #endif
 
 Tensor forward(const Tensor& eps, const Tensor& z, const Tensor& logit, const Tensor& r) {
-  Problem p = describe(eps, z, logit, r);
+  Problem p = describe_call(eps, z, logit, r);
   Tensor out = torch::stable::empty_like(z);
   if (elements(p) == 0) return out;
   p.out = out.mutable_data_ptr();
@@ -90,7 +67,7 @@ Tensor forward(const Tensor& eps, const Tensor& z, const Tensor& logit, const Te
 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& eps, const Tensor& z, const Tensor& logit, const Tensor& r) {
-  Problem p = describe(eps, z, logit, r);
+  Problem p = describe_call(eps, z, logit, r);
   STD_TORCH_CHECK(same_shape(grad, z) && grad.scalar_type() == z.scalar_type() && same_device(grad, z),
       "grad has shape ", shape_of(grad), " and dtype ", torch::headeronly::toString(grad.scalar_type()),
       ": expected those of z, ", shape_of(z), " and ", torch::headeronly::toString(z.scalar_type()),

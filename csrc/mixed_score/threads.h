@@ -3,106 +3,20 @@
 // without a GPU, that each element is computed once and rightly. Only the sums across threads remain to cuda.cu.
 #pragma once
 
-#include <type_traits>
-
-#include "common/vector_io.h"
 #include "mixed_score/mixed_score.h"
 
 namespace lsgm {
 namespace mixed_score {
 
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr int64_t kMaxBlocks = 1 << 16;    // a grid-stride loop does the rest
 constexpr int64_t kMaxPartialRows = 1024;  // bounds the second stage of grad_logit
-constexpr int64_t kPlaneSegment = 4096;    // elements
-constexpr int64_t kRowsPerThread = 4;
 
-// How many elements one thread moves at once: 16 bytes of the narrower operand, where every access is then aligned.
-template <class E, class Z>
-LSGM_HD constexpr int vector_width() {
-  return 16 / static_cast<int>(sizeof(E) < sizeof(Z) ? sizeof(E) : sizeof(Z));
+LSGM_HD bool all_aligned(const Problem& p) {
+  return channelwise::all_aligned(p) && aligned(p.grad) && aligned(p.grad_eps) && aligned(p.grad_z);
 }
 
-LSGM_HD bool can_vectorize(const Problem& p, int64_t width) {
-  const int64_t inner = p.order == Order::planes ? p.spatial : p.channels;
-  return inner % width == 0 && aligned(p.eps) && aligned(p.z) && aligned(p.out) && aligned(p.grad) &&
-         aligned(p.grad_eps) && aligned(p.grad_z);
-}
-
-// Type mixtures with kernels of their own; the others share the kernels of type Any.
-template <class E, class Z>
-LSGM_HD constexpr bool is_common() {
-  if (std::is_same<E, Z>::value) return true;
-  if (std::is_same<Z, float>::value) return !std::is_same<E, double>::value;
-  return std::is_same<Z, double>::value && std::is_same<E, float>::value;
-}
-
-// The elements per thread that `p` gets: its vector width, or 1.
-LSGM_HD int64_t width_of(const Problem& p) {
-  const int64_t narrower = smaller(size_of(p.eps_dtype), size_of(p.z_dtype));
-  const bool common = p.eps_dtype == p.z_dtype || (p.z_dtype == DType::float32 && p.eps_dtype != DType::float64) ||
-                      (p.z_dtype == DType::float64 && p.eps_dtype == DType::float32);
-  return common && can_vectorize(p, 16 / narrower) ? 16 / narrower : 1;
-}
-
-struct Launch {
-  int64_t blocks;         // over segments
-  int64_t channel_tiles;  // rows only: blocks side by side over the channels
-  int lanes;              // planes: threads that share one segment, a power of two up to a warp
-  int columns;            // rows: threads side by side over the channels
-  int lines;              // rows: rows that a block works on at once
-};
-
-LSGM_HD Launch launch_of(const Problem& p, int64_t width) {
-  Launch l{};
-  l.channel_tiles = 1;
-  if (p.order == Order::planes) {
-    const int64_t vectors = ceil_div(smaller(p.segments.limit, p.segments.length), width);
-    l.lanes = 1;
-    while (l.lanes < kWarp && l.lanes < vectors) l.lanes *= 2;
-    l.blocks = ceil_div(p.segments.count * l.lanes, kThreads);
-  } else {
-    const int64_t vectors = p.channels / width;  // width divides the channels
-    l.columns = static_cast<int>(smaller(vectors, kThreads));
-    l.lines = kThreads / l.columns;
-    l.channel_tiles = ceil_div(vectors, l.columns);
-    l.blocks = p.segments.count;
-  }
-  l.blocks = smaller(l.blocks, kMaxBlocks);
-  return l;
-}
-
-LSGM_HD void make_plan(Problem& p) {
-  if (p.order == Order::planes) {
-    p.segments = make_segments(p.batch * p.channels, p.spatial, kPlaneSegment);
-    return;
-  }
-  const int64_t lines = larger(1, kThreads / larger(1, p.channels / width_of(p)));
-  // Long enough for the rows of a block's threads, and so that the second stage has little to sum.
-  const int64_t rows = larger(lines * kRowsPerThread, ceil_div(p.batch * p.spatial, kMaxPartialRows));
-  p.segments = make_segments(p.batch, p.spatial, rows);
-}
+LSGM_HD void make_plan(Problem& p) { plan_for_gpu(p, kMaxPartialRows); }
 
 // Planes: the part of segment `s` that falls to one of the threads sharing it.
-
-struct Plane {
-  int64_t at;  // first element of the segment
-  int64_t size;
-  int64_t partial;  // where its sum belongs
-  int64_t sample, channel;
-};
-
-LSGM_HD Plane plane_at(const Problem& p, int64_t s) {
-  const Segment segment = segment_at(p.segments, s);
-  Plane plane;
-  plane.sample = segment.run / p.channels;
-  plane.channel = segment.run - plane.sample * p.channels;
-  plane.at = segment.run * p.spatial + segment.begin;
-  plane.size = segment.size;
-  plane.partial = (plane.sample * p.segments.per_run + segment.piece) * p.channels + plane.channel;
-  return plane;
-}
 
 template <class C, class E, class Z, int N>
 LSGM_HD void forward_plane(const Problem& p, int64_t s, int lane, int lanes) {
@@ -145,25 +59,21 @@ LSGM_HD C backward_plane(const Problem& p, int64_t s, int lane, int lanes) {
   return total;
 }
 
-// Rows: one thread keeps N channels and goes down the rows of a segment, `lines` at a time.
+// Rows: one thread keeps N channels and goes down the rows of a segment.
 
 template <class C, int N>
 struct Column {
-  int64_t channel;
-  int line;
-  bool active;
+  Place place;
   C network[N], normal[N];
 };
 
 template <class C, int N>
 LSGM_HD Column<C, N> column_of(const Problem& p, const Launch& l, int64_t tile, int thread) {
   Column<C, N> column{};
-  column.line = thread / l.columns;
-  column.channel = (tile * l.columns + thread % l.columns) * N;
-  column.active = column.line < l.lines && column.channel < p.channels;
-  if (column.active) {
+  column.place = place_of(p, l, tile, thread, N);
+  if (column.place.active) {
     for (int k = 0; k < N; ++k) {
-      const Mix<C> mix = mix_of(scalar_at<C>(p.logit, column.channel + k));
+      const Mix<C> mix = mix_of(scalar_at<C>(p.logit, column.place.channel + k));
       column.network[k] = mix.network;
       column.normal[k] = mix.normal;
     }
@@ -173,12 +83,12 @@ LSGM_HD Column<C, N> column_of(const Problem& p, const Launch& l, int64_t tile, 
 
 template <class C, class E, class Z, int N>
 LSGM_HD void forward_rows(const Problem& p, const Launch& l, int64_t s, const Column<C, N>& column) {
-  if (!column.active) return;
+  if (!column.place.active) return;
   const Segment segment = segment_at(p.segments, s);
   const C r = scalar_at<C>(p.r, segment.run);
   const int64_t first = segment.run * p.spatial + segment.begin;
-  for (int64_t row = column.line; row < segment.size; row += l.lines) {
-    const int64_t at = (first + row) * p.channels + column.channel;
+  for (int64_t row = column.place.line; row < segment.size; row += l.lines) {
+    const int64_t at = (first + row) * p.channels + column.place.channel;
     C eps[N], z[N], out[N];
     load<E>(p.eps, p.eps_dtype, at, eps);
     load<Z>(p.z, p.z_dtype, at, z);
@@ -190,12 +100,12 @@ LSGM_HD void forward_rows(const Problem& p, const Launch& l, int64_t s, const Co
 template <class C, class E, class Z, int N>
 LSGM_HD void backward_rows(const Problem& p, const Launch& l, int64_t s, const Column<C, N>& column, C (&sums)[N]) {
   for (int k = 0; k < N; ++k) sums[k] = C(0);
-  if (!column.active) return;
+  if (!column.place.active) return;
   const Segment segment = segment_at(p.segments, s);
   const C r = scalar_at<C>(p.r, segment.run);
   const int64_t first = segment.run * p.spatial + segment.begin;
-  for (int64_t row = column.line; row < segment.size; row += l.lines) {
-    const int64_t at = (first + row) * p.channels + column.channel;
+  for (int64_t row = column.place.line; row < segment.size; row += l.lines) {
+    const int64_t at = (first + row) * p.channels + column.place.channel;
     C grad[N], eps[N], z[N], grad_eps[N], grad_z[N];
     load<Z>(p.grad, p.z_dtype, at, grad);
     load<E>(p.eps, p.eps_dtype, at, eps);
@@ -212,49 +122,6 @@ LSGM_HD void backward_rows(const Problem& p, const Launch& l, int64_t s, const C
 
 // Where the sum of segment `s` over channel `channel` belongs.
 LSGM_HD int64_t row_partial(const Problem& p, int64_t s, int64_t channel) { return s * p.channels + channel; }
-
-// Calls Kernel::run<C, E, Z, N>(p, argument) with the types and the width that `p` gets. (Plain templates: g++ 12
-// rejects constants of a generic lambda inside another.)
-
-template <class Kernel, class E, class Z, class Argument>
-static void run_types(const Problem& p, Argument argument) {
-  using C = typename Compute<E, Z>::type;
-  if constexpr (is_common<E, Z>()) {
-    if (width_of(p) == vector_width<E, Z>()) {
-      Kernel::template run<C, E, Z, vector_width<E, Z>()>(p, argument);
-      return;
-    }
-  }
-  Kernel::template run<C, Any, Any, 1>(p, argument);
-}
-
-template <class Kernel, class E, class Argument>
-static void run_eps(const Problem& p, Argument argument) {
-  switch (p.z_dtype) {
-    case DType::float32:
-      return run_types<Kernel, E, float>(p, argument);
-    case DType::float64:
-      return run_types<Kernel, E, double>(p, argument);
-    case DType::float16:
-      return run_types<Kernel, E, Half>(p, argument);
-    case DType::bfloat16:
-      return run_types<Kernel, E, BFloat16>(p, argument);
-  }
-}
-
-template <class Kernel, class Argument>
-static void run_kernel(const Problem& p, Argument argument) {
-  switch (p.eps_dtype) {
-    case DType::float32:
-      return run_eps<Kernel, float>(p, argument);
-    case DType::float64:
-      return run_eps<Kernel, double>(p, argument);
-    case DType::float16:
-      return run_eps<Kernel, Half>(p, argument);
-    case DType::bfloat16:
-      return run_eps<Kernel, BFloat16>(p, argument);
-  }
-}
 
 }  // namespace mixed_score
 }  // namespace lsgm

@@ -12,7 +12,7 @@ using lsgm::testing::MixedScore;
 using Kernel = void (*)(const Problem&, int64_t, int64_t);
 
 void prepare(MixedScore& m, std::vector<double>& table) {
-  cpu::plan(m.p);
+  plan_for_cpu(m.p);
   table.resize(static_cast<size_t>(2 * m.p.channels));
   cpu::fill_table(m.p, table.data());
   m.p.table = table.data();

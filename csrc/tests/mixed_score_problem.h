@@ -5,8 +5,7 @@
 #include <vector>
 
 #include "mixed_score/mixed_score.h"
-#include "tests/buffer.h"
-#include "tests/check.h"
+#include "tests/channelwise_problem.h"
 
 namespace lsgm {
 namespace testing {
@@ -14,41 +13,17 @@ namespace testing {
 using lsgm::mixed_score::partial_rows;
 using lsgm::mixed_score::Problem;
 
-struct Example {
-  Order order;
-  int64_t batch, channels, spatial;
-  DType eps, z, logit, r;
-  bool shared_r;
-  int64_t offset;  // of every tensor, in elements: 0 is aligned
-};
-
-class MixedScore {
+class MixedScore : public ChannelwiseProblem {
  public:
   explicit MixedScore(const Example& x)
-      : example(x),
-        count(x.batch * x.channels * x.spatial),
-        eps(count, x.eps, x.offset),
-        z(count, x.z, x.offset),
+      : ChannelwiseProblem(x),
         grad(count, x.z, x.offset),
-        out(count, x.z, x.offset),
         grad_eps(count, x.eps, x.offset),
         grad_z(count, x.z, x.offset),
-        logit(x.channels, x.logit, 0),
-        grad_logit(x.channels, x.logit, 0),
-        r(x.shared_r ? 1 : x.batch, x.r, 0) {
-    Random random(static_cast<uint64_t>(count * 31 + x.channels));
-    for (Buffer* b : {&eps, &z, &grad, &logit, &r}) b->randomize(random);
+        grad_logit(x.channels, x.logit, 0) {
+    grad.randomize(random);
     p = Problem{};
-    p.order = x.order;
-    p.batch = x.batch;
-    p.channels = x.channels;
-    p.spatial = x.spatial;
-    p.eps_dtype = x.eps;
-    p.z_dtype = x.z;
-    p.eps = eps.data();
-    p.z = z.data();
-    p.logit = {logit.data(), x.logit, 1};
-    p.r = {r.data(), x.r, x.shared_r ? 0 : 1};
+    describe(p);
   }
 
   void bind_forward() { p.out = out.data(); }
@@ -91,9 +66,7 @@ class MixedScore {
     }
   }
 
-  Example example;
-  int64_t count;
-  Buffer eps, z, grad, out, grad_eps, grad_z, logit, grad_logit, r;
+  Buffer grad, grad_eps, grad_z, grad_logit;
   std::vector<double> partials;
   Problem p;
 
@@ -103,61 +76,8 @@ class MixedScore {
     int64_t channel;
   };
 
-  Terms terms(int64_t i) const {
-    const bool planes = example.order == Order::planes;
-    Terms t;
-    t.channel = planes ? i / example.spatial % example.channels : i % example.channels;
-    const int64_t sample = i / (example.channels * example.spatial);
-    t.a = 1 / (1 + std::exp(-static_cast<long double>(logit.at(t.channel))));
-    t.r = r.at(example.shared_r ? 0 : sample);
-    t.eps = eps.at(i);
-    t.z = z.at(i);
-    return t;
-  }
-
-  void check(const char* who, const char* what, int64_t i, double got, long double expected, long double scale,
-      DType dtype) const {
-    const DType arithmetic = lsgm::mixed_score::computes_in_double(p) ? DType::float64 : DType::float32;
-    const long double allowed = 8 * unit_roundoff(arithmetic) * scale +
-                                unit_roundoff(dtype) * (std::fabs(expected) * 1.01L) +
-                                0x1p-25L * (dtype == DType::float16 ? 1 : 0);
-    CHECK(std::fabs(got - expected) <= allowed)
-        << who << ": " << what << "[" << i << "] is " << got << ", expected " << static_cast<double>(expected)
-        << "; order " << static_cast<int>(example.order) << " shape " << example.batch << "x" << example.channels << "x"
-        << example.spatial << " dtypes " << static_cast<int>(example.eps) << static_cast<int>(example.z) << " offset "
-        << example.offset;
-  }
+  Terms terms(int64_t i) const { return {network(i), sample_value(r, i), eps.at(i), z.at(i), channel_of(i)}; }
 };
-
-// Every mixture of types in both orders, with shapes around the widths of registers, warps, blocks and segments.
-inline std::vector<Example> examples() {
-  const DType all[] = {DType::float32, DType::float64, DType::float16, DType::bfloat16};
-  struct Shape {
-    int64_t batch, channels, spatial;
-  };
-  const Shape small[] = {{1, 1, 1}, {2, 3, 7}, {2, 8, 16}, {3, 5, 64}, {2, 40, 33}, {1, 2, 260}};
-  const Shape large[] = {{1, 2, 16391}, {2, 1, 4100}, {2, 270, 5}, {1, 2100, 3}, {3, 16, 4096}, {2, 180, 256}};
-  std::vector<Example> list;
-  for (Order order : {Order::planes, Order::rows}) {
-    for (DType eps : all) {
-      for (DType z : all) {
-        int64_t n = 0;
-        for (const Shape& s : small) {
-          const bool odd = n++ % 2 == 1;
-          list.push_back({order, s.batch, s.channels, s.spatial, eps, z, odd ? DType::float64 : DType::float32,
-              odd ? DType::float32 : DType::float64, odd, n % 3 == 2 ? 1 : 0});
-        }
-      }
-    }
-    for (const Shape& s : large) {
-      for (DType eps : {DType::float32, DType::bfloat16}) {
-        list.push_back(
-            {order, s.batch, s.channels, s.spatial, eps, DType::float32, DType::float32, DType::float32, false, 0});
-      }
-    }
-  }
-  return list;
-}
 
 }  // namespace testing
 }  // namespace lsgm

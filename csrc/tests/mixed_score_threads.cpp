@@ -42,7 +42,7 @@ struct Backward {
       for (int64_t s = 0; s < p.segments.count; ++s) {
         C total = 0;
         for (int lane = 0; lane < l.lanes; ++lane) total += backward_plane<C, E, Z, N>(p, s, lane, l.lanes);
-        p.partials[plane_at(p, s).partial] = static_cast<double>(total);
+        p.partials[plane_partial(p, plane_at(p, s))] = static_cast<double>(total);
       }
     } else {
       for (int64_t tile = 0; tile < l.channel_tiles; ++tile) {
@@ -53,10 +53,10 @@ struct Backward {
             const auto column = column_of<C, N>(p, l, tile, thread);
             C sums[N];
             backward_rows<C, E, Z, N>(p, l, s, column, sums);
-            if (!column.active) continue;
+            if (!column.place.active) continue;
             for (int k = 0; k < N; ++k) {
-              totals[static_cast<size_t>(column.channel + k)] += static_cast<double>(sums[k]);
-              seen[static_cast<size_t>(column.channel + k)] = true;
+              totals[static_cast<size_t>(column.place.channel + k)] += static_cast<double>(sums[k]);
+              seen[static_cast<size_t>(column.place.channel + k)] = true;
             }
           }
           for (int64_t c = 0; c < p.channels; ++c) {
@@ -123,7 +123,7 @@ CASE("launches beyond 2^31 elements") {
   const Plane plane = plane_at(p, last);
   CHECK(plane.at + plane.size == n) << plane.at;
   CHECK(plane.sample == p.batch - 1 && plane.channel == p.channels - 1);
-  CHECK(plane.partial == partial_rows(p) * p.channels - 1);
+  CHECK(plane_partial(p, plane) == partial_rows(p) * p.channels - 1);
 
   p.order = Order::rows;
   make_plan(p);

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from lsgm_fast import fused
 from lsgm_fast.dispatch import define_op
-from lsgm_fast.ops import _checks
+from lsgm_fast.ops import _checks, _prepare
 from lsgm_fast.reference.score_drift import score_drift as reference
 
 
@@ -37,6 +38,50 @@ def score_drift(
 
     Source: LSGM, equations 2 and 8; Song et al. 2021, equation 13.
     """
-    _checks.same_shape("score_drift", eps=eps, z=z)
+    # Called at every evaluation of a sampler: what is nearly always true is asked first.
+    if eps.shape != z.shape:
+        _checks.same_shape("score_drift", eps=eps, z=z)
     _checks.mixing_logit("score_drift", z, mixing_logit)
     _checks.per_sample("score_drift", z, p=p, q=q, r=r)
+
+
+def _reasons(
+    eps: torch.Tensor,
+    z: torch.Tensor,
+    mixing_logit: torch.Tensor | None,
+    p: torch.Tensor | float,
+    q: torch.Tensor | float,
+    r: torch.Tensor | float,
+) -> list[str]:
+    why = []
+    if z.dim() < 2:
+        why.append(f"z has shape {tuple(z.shape)}, expected (B, C, ...)")
+    why += _prepare.unsupported_dtypes(eps=eps, z=z)
+    return why + _prepare.other_device(z.device, eps=eps, mixing_logit=mixing_logit)
+
+
+def _to_kernel(
+    eps: torch.Tensor,
+    z: torch.Tensor,
+    mixing_logit: torch.Tensor | None,
+    p: torch.Tensor | float,
+    q: torch.Tensor | float,
+    r: torch.Tensor | float,
+) -> tuple[torch.Tensor | None, ...]:
+    memory_format = _prepare.dense_format(z)
+    return (
+        eps.contiguous(memory_format=memory_format),
+        z.contiguous(memory_format=memory_format),
+        None if mixing_logit is None else _prepare.logit(mixing_logit),
+        *(_prepare.scalar(value, z.device) for value in (p, q, r)),
+    )
+
+
+fused.register(
+    score_drift,
+    schema="(Tensor eps, Tensor z, Tensor? mixing_logit, Tensor p, Tensor q, Tensor r) -> Tensor",
+    fake=lambda eps, z, mixing_logit, p, q, r: torch.empty_like(z),
+    prepare=_to_kernel,
+    reasons=_reasons,
+    priorities={"cpu": 30, "cuda": 30, "triton": 20},
+)
