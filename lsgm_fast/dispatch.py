@@ -51,6 +51,7 @@ class Impl:
     ``reasons`` takes the operation's arguments and returns why it cannot run them (empty: it can); ``auto_reasons``
     why ``auto`` would rather not, though it could (smaller than the measured break-even). ``auto`` tries higher
     ``priority`` first, and a ``self_tested`` implementation only once it has proved itself on the device.
+    ``differentiable``: whether it has gradients; without, inputs that want one are refused by ``reasons``.
     ``tolerance``: its error against float64 stays below this many times that of plain PyTorch in the same dtype.
     """
 
@@ -60,6 +61,7 @@ class Impl:
     auto_reasons: Callable[..., list[str]] = _no_reasons
     priority: int = 0
     self_tested: bool = False
+    differentiable: bool = True
     tolerance: float = 1.0
 
 

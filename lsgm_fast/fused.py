@@ -83,6 +83,7 @@ def register(
                 auto_reasons=(auto_reasons or {}).get(backend, lambda *args, **kwargs: []),
                 priority=priority,
                 self_tested=True,
+                differentiable=backward is not None,
                 tolerance=tolerance,
             )
         )

@@ -55,6 +55,11 @@ def unsupported(op: str | Op[Any, Any], backend: str, sample: Sample) -> list[st
     return find_op(op).impl(backend).reasons(*sample.args, **sample.kwargs)
 
 
+def has_gradients(op: str | Op[Any, Any], backend: str, sample: Sample) -> bool:
+    """Whether the sample has arguments that get gradients and the backend's implementation gives them."""
+    return bool(sample.differentiable) and find_op(op).impl(backend).differentiable
+
+
 def check_forward(op: str | Op[Any, Any], backend: str, sample: Sample, k: float | None = None) -> None:
     """Compare a backend's results on one sample with the float64 reference.
 
@@ -100,6 +105,8 @@ def check_backward(
     """
     op = find_op(op)
     impl = _runnable(op, backend, sample)
+    if not impl.differentiable:
+        raise BackendUnsupported(f"{op.name} on {backend} has no gradients: the reference has")
     compare_backward(
         impl.fn,
         op.impl("reference").fn,

@@ -279,7 +279,7 @@ SAMPLES = {
     # A block per sample; only the batch of the shapes counts.
     "rk_control": OpSamples(
         control,
-        {},
+        {"blocks": ()},
         awkward=[(batch,) for batch in (0, 1, 2, 16, 512)],
         dtypes=((torch.float64, torch.float64), (torch.float32, torch.float32)),
         layouts=(),
