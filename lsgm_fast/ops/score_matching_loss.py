@@ -155,7 +155,7 @@ def _gradients(
         return None, None, None, None, None
     if grad_ce is not None:
         if grad_ce.numel() and _constant_per_sample(grad_ce):
-            grad_ce = grad_ce[(slice(None), *(0,) * (grad_ce.dim() - 1))]
+            grad_ce = grad_ce.flatten(1).select(1, 0)
         else:
             grad_ce = grad_ce.contiguous(memory_format=_prepare.dense_format(pred))
     of_pred, of_noise = call(grad_p, grad_ce, pred, noise, weight_p, weight_q, for_pred, for_noise)
