@@ -41,9 +41,10 @@ def score_matching_loss(
     """
     if noise.shape != pred.shape:  # asked here, as it is nearly never so: the call costs a microsecond
         _checks.same_shape("score_matching_loss", pred=pred, noise=noise)
-    _checks.per_sample("score_matching_loss", pred, weight_p=weight_p)
-    if weight_q is not None:
-        _checks.per_sample("score_matching_loss", pred, weight_q=weight_q)
+    if weight_q is None:
+        _checks.per_sample("score_matching_loss", pred, weight_p=weight_p)
+    else:
+        _checks.per_sample("score_matching_loss", pred, weight_p=weight_p, weight_q=weight_q)
 
 
 def _reasons(
