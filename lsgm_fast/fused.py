@@ -54,6 +54,7 @@ def register(
     priorities: dict[str, int],
     backward: Backward | None = None,
     auto_reasons: dict[str, Callable[..., list[str]]] | None = None,
+    finish: Callable[[Any], Any] | None = None,
     tolerance: float = 4.0,
 ) -> None:
     """Register the fused implementations of ``op``.
@@ -64,6 +65,7 @@ def register(
         reasons: why no fused kernel can run these arguments, apart from availability, which is added here.
         priorities: backend -> priority under ``auto``. auto_reasons: backend -> why ``auto`` would rather not.
         backward: None for an operation without gradients: where one is wanted, the reference runs.
+        finish: the operator's results -> the operation's, where a schema cannot say them (an optional tensor).
         tolerance: see :class:`~lsgm_fast.dispatch.Impl`.
     """
     for backend, priority in priorities.items():
@@ -78,7 +80,7 @@ def register(
         op.register(
             Impl(
                 backend,
-                _bind(call, prepare),
+                _bind(call, prepare, finish),
                 reasons=_with_availability(op, backend, reasons, backward is not None),
                 auto_reasons=(auto_reasons or {}).get(backend, lambda *args, **kwargs: []),
                 priority=priority,
@@ -89,9 +91,12 @@ def register(
         )
 
 
-def _bind(call: Callable[..., Any], prepare: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+def _bind(
+    call: Callable[..., Any], prepare: Callable[..., tuple[Any, ...]], finish: Callable[[Any], Any] | None
+) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        return call(*prepare(*args, **kwargs))
+        results = call(*prepare(*args, **kwargs))
+        return results if finish is None else finish(results)
 
     return run
 
