@@ -9,15 +9,6 @@
 namespace lsgm {
 namespace channelwise {
 
-// One value, or one per sample.
-static inline Scalars sample_scalars(const Tensor& t, const char* name, const Tensor& z) {
-  const int64_t batch = z.size(0);
-  STD_TORCH_CHECK(t.dim() <= 1 && (t.numel() == 1 || t.numel() == batch), name, " has shape ", shape_of(t),
-      ": expected () or (", batch, ",)");
-  STD_TORCH_CHECK(same_device(t, z), name, " must be on the device of z");
-  return scalars(t, name, 0, batch);
-}
-
 // All of `p` except for out and the segments. `logit`: null where there is no mixing.
 static inline void describe(
     Operands& p, const Tensor& eps, const Tensor& z, const Tensor* logit, const Tensor& r) {

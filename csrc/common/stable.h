@@ -10,6 +10,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#include <array>
+#include <optional>
 #include <sstream>
 #include <string>
 
@@ -83,6 +85,24 @@ static inline Scalars scalars(const Tensor& t, const char* name, int64_t axis, i
       torch::headeronly::toString(t.scalar_type()), ": expected float32 or float64");
   s.stride = expected == 1 || t.numel() == 1 ? 0 : t.stride(axis);
   return s;
+}
+
+// One value, or one per sample of `like`.
+static inline Scalars sample_scalars(const Tensor& t, const char* name, const Tensor& like) {
+  const int64_t batch = like.size(0);
+  STD_TORCH_CHECK(t.dim() <= 1 && (t.numel() == 1 || t.numel() == batch), name, " has shape ", shape_of(t),
+      ": expected () or (", batch, ",)");
+  STD_TORCH_CHECK(same_device(t, like), name, " must be on the device of the other tensors");
+  return scalars(t, name, 0, batch);
+}
+
+// PyTorch's own function of this name in the stable ABI takes no dtype.
+static inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(t), from(std::optional<ScalarType>(dtype)), from(std::nullopt),
+      from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 #if defined(LSGM_CUDA)

@@ -1,9 +1,6 @@
 // Binds diffuse to lsgm_fast::diffuse_cpu and its backward operator. The schemas are defined in Python
 // (lsgm_fast/ops/diffuse.py). There is no CUDA kernel.
 #if !defined(LSGM_CUDA)
-#include <array>
-#include <optional>
-
 #include "common/stable.h"
 #include "diffuse/diffuse.h"
 
@@ -22,23 +19,6 @@ void describe_samples(P& p, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(dense, name, " has strides ", strides_of(t), ": expected contiguous or channels_last");
 }
 
-Scalars per_sample(const Tensor& t, const char* name, const Tensor& like) {
-  const int64_t batch = like.size(0);
-  STD_TORCH_CHECK(t.dim() <= 1 && (t.numel() == 1 || t.numel() == batch), name, " has shape ", shape_of(t),
-      ": expected () or (", batch, ",)");
-  STD_TORCH_CHECK(same_device(t, like), name, " must be on the device of the other tensors");
-  return scalars(t, name, 0, batch);
-}
-
-// PyTorch's own function of this name in the stable ABI takes no dtype.
-Tensor empty_like(const Tensor& t, ScalarType dtype) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(t), from(std::optional<ScalarType>(dtype)), from(std::nullopt),
-      from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 Tensor forward(const Tensor& z0, const Tensor& noise, const Tensor& m, const Tensor& var) {
   Problem p{};
   STD_TORCH_CHECK(
@@ -47,8 +27,8 @@ Tensor forward(const Tensor& z0, const Tensor& noise, const Tensor& m, const Ten
   describe_samples(p, z0, "z0");
   p.z0_dtype = dtype_of(z0, "z0");
   p.noise_dtype = dtype_of(noise, "noise");
-  p.m = per_sample(m, "m", z0);
-  p.var = per_sample(var, "var", z0);
+  p.m = sample_scalars(m, "m", z0);
+  p.var = sample_scalars(var, "var", z0);
   Tensor out = torch::stable::empty_like(z0);
   if (elements(p) == 0) return out;
   STD_TORCH_CHECK(same_strides(z0, noise), "z0 has strides ", strides_of(z0), " and noise ", strides_of(noise),
@@ -65,7 +45,7 @@ Tensor forward(const Tensor& z0, const Tensor& noise, const Tensor& m, const Ten
 Tensor backward(const Tensor& grad, const Tensor& factor, ScalarType dtype) {
   Scaling p{};
   describe_samples(p, grad, "grad");
-  p.factor = per_sample(factor, "factor", grad);
+  p.factor = sample_scalars(factor, "factor", grad);
   p.grad_dtype = dtype_of(grad, "grad");
   Tensor out = empty_like(grad, dtype);
   p.out_dtype = dtype_of(out, "the result");

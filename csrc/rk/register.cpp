@@ -41,7 +41,7 @@ Problem describe(const Tensor& y, const Tensor& k, const Tensor& h) {
   bool shapes = k.dim() == y.dim() + 1 && k.size(0) >= 1 && k.size(0) <= kMaxStages;
   for (int64_t d = 0; shapes && d < y.dim(); ++d) shapes = k.size(d + 1) == y.size(d);
   STD_TORCH_CHECK(shapes, "k has shape ", shape_of(k), ": expected 1 to ", kMaxStages, " stages of y's, ", shape_of(y));
-  STD_TORCH_CHECK(same_device(k, y) && same_device(h, y), "y, k and h must be on one device");
+  STD_TORCH_CHECK(same_device(k, y), "y and k must be on one device");
   STD_TORCH_CHECK(y.is_contiguous() && k.is_contiguous(), "y and k must be contiguous, their strides are ",
       strides_of(y), " and ", strides_of(k));
   Problem p{};
@@ -52,19 +52,10 @@ Problem describe(const Tensor& y, const Tensor& k, const Tensor& h) {
   p.dtype = dtype_of(y, "y");
   STD_TORCH_CHECK(dtype_of(k, "k") == p.dtype, "k and y must have one dtype, theirs are ",
       torch::headeronly::toString(k.scalar_type()), " and ", torch::headeronly::toString(y.scalar_type()));
-  STD_TORCH_CHECK(h.dim() <= 1 && (h.numel() == 1 || h.numel() == p.batch), "h has shape ", shape_of(h),
-      ": expected () or (", p.batch, ",)");
-  p.h = scalars(h, "h", 0, p.batch);
+  p.h = sample_scalars(h, "h", y);
   p.y = y.const_data_ptr();
   p.k = const_cast<void*>(k.const_data_ptr());  // written only where there is a drift, by way of a mutable argument
   return p;
-}
-
-Scalars coefficient(const Tensor& t, const char* name, const Tensor& z) {
-  STD_TORCH_CHECK(same_device(t, z), name, " and z must be on one device");
-  STD_TORCH_CHECK(t.dim() <= 1 && (t.numel() == 1 || t.numel() == z.size(0)), name, " has shape ", shape_of(t),
-      ": expected () or (", z.size(0), ",)");
-  return scalars(t, name, 0, z.size(0));
 }
 
 void set_drift(Problem& problem, const Tensor& eps, Tensor& z, const std::optional<Tensor>& logit, const Tensor& p,
@@ -89,9 +80,9 @@ void set_drift(Problem& problem, const Tensor& eps, Tensor& z, const std::option
     problem.logit = scalars(*logit, "mixing_logit", 0, 1);
     problem.logit.stride = 1;
   }
-  problem.p = coefficient(p, "p", z);
-  problem.q = coefficient(q, "q", z);
-  problem.r = coefficient(r, "r", z);
+  problem.p = sample_scalars(p, "p", z);
+  problem.q = sample_scalars(q, "q", z);
+  problem.r = sample_scalars(r, "r", z);
   problem.eps = eps.const_data_ptr();
   problem.z = z.mutable_data_ptr();
   problem.k = k.mutable_data_ptr();

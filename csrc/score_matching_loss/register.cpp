@@ -1,7 +1,6 @@
 // Binds score_matching_loss to lsgm_fast::score_matching_loss_cpu and its backward operator. The schemas are defined in
 // Python (lsgm_fast/ops/score_matching_loss.py). There is no CUDA kernel.
 #if !defined(LSGM_CUDA)
-#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -12,14 +11,6 @@
 namespace lsgm {
 namespace score_matching_loss {
 namespace {
-
-Scalars per_sample(const Tensor& t, const char* name, const Tensor& like) {
-  const int64_t batch = like.size(0);
-  STD_TORCH_CHECK(t.dim() <= 1 && (t.numel() == 1 || t.numel() == batch), name, " has shape ", shape_of(t),
-      ": expected () or (", batch, ",)");
-  STD_TORCH_CHECK(same_device(t, like), name, " must be on the device of the other tensors");
-  return scalars(t, name, 0, batch);
-}
 
 Problem describe(
     const Tensor& pred, const Tensor& noise, const Tensor& weight_p, const std::optional<Tensor>& weight_q) {
@@ -32,8 +23,8 @@ Problem describe(
   p.size = p.batch == 0 ? 0 : pred.numel() / p.batch;
   p.pred_dtype = dtype_of(pred, "pred");
   p.noise_dtype = dtype_of(noise, "noise");
-  p.weight_p = per_sample(weight_p, "weight_p", pred);
-  if (weight_q.has_value()) p.weight_q = per_sample(*weight_q, "weight_q", pred);
+  p.weight_p = sample_scalars(weight_p, "weight_p", pred);
+  if (weight_q.has_value()) p.weight_q = sample_scalars(*weight_q, "weight_q", pred);
   if (elements(p) == 0) return p;
   // A sample is a run in memory, in whatever order: of a dense tensor.
   const bool dense = pred.is_contiguous() ||
@@ -47,15 +38,6 @@ Problem describe(
 }
 
 ScalarType arithmetic(const Problem& p) { return computes_in_double(p) ? ScalarType::Double : ScalarType::Float; }
-
-// PyTorch's own function of this name in the stable ABI takes no dtype.
-Tensor empty_like(const Tensor& t, ScalarType dtype) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(t), from(std::optional<ScalarType>(dtype)), from(std::nullopt),
-      from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 std::tuple<Tensor, Tensor> forward(const Tensor& pred, const Tensor& noise, const Tensor& weight_p,
     const std::optional<Tensor>& weight_q, double constant) {
@@ -88,11 +70,11 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& grad_p, const s
   Problem p = describe(pred, noise, weight_p, weight_q);
   Tensor grad_pred = for_pred ? torch::stable::empty_like(pred) : torch::stable::new_empty(pred, {0});
   Tensor grad_noise = for_noise ? torch::stable::empty_like(noise) : torch::stable::new_empty(noise, {0});
-  if (grad_p.has_value()) p.grad_p = per_sample(*grad_p, "grad_p", pred);
+  if (grad_p.has_value()) p.grad_p = sample_scalars(*grad_p, "grad_p", pred);
   if (grad_ce.has_value()) {
     STD_TORCH_CHECK(weight_q.has_value(), "a gradient of the cross entropy needs weight_q");
     if (grad_ce->dim() < 2) {
-      p.sample_grad_ce = per_sample(*grad_ce, "grad_ce", pred);
+      p.sample_grad_ce = sample_scalars(*grad_ce, "grad_ce", pred);
     } else {
       STD_TORCH_CHECK(same_shape(*grad_ce, pred) && same_device(*grad_ce, pred) &&
                           grad_ce->scalar_type() == arithmetic(p) &&
