@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -12,12 +13,14 @@ import pytest
 import torch
 from recorded import DATA, Golden, published_checkpoint, relative_error
 from safetensors.torch import load_file
+from scipy.integrate import solve_ivp
 
 import lsgm_fast
 from lsgm_fast import checkpoints, ops
+from lsgm_fast.dispatch import use_backend
 from lsgm_fast.models import LSGM
 from lsgm_fast.presets import PRESETS
-from lsgm_fast.sampling import sample_ancestral
+from lsgm_fast.sampling import sample_ancestral, solve_ode
 
 NETWORK = 2e-5
 DEVICES = [
@@ -115,6 +118,73 @@ def test_ode_loose_tolerance_takes_the_same_steps(
     assert info.nfe == golden.meta["ode.tol0.01.nfe"]
     # At t near 1e-6 the published float32 variance is off by up to 19%, and a coarse solve feels it.
     assert relative_error(z, golden.io["ode.tol0.01.z"]) < (2e-5 if parity == "published" else 1e-2)
+
+
+KERNELS = ("rk_control", "rk_drift_finish", "rk_drift_stage", "rk_stage", "score_drift")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda", "triton"])
+def test_ode_on_every_backend(golden: Golden, model: LSGM, device: torch.device, backend: str) -> None:
+    if (backend == "cpu") != (device.type == "cpu") and backend != "reference":
+        pytest.skip(f"{backend} kernels do not run on {device.type} tensors")
+    noise = golden.io["ode.noise"].to(device)
+    with use_backend(backend):
+        z, info = model.sample_latents(noise.shape[0], noise=noise, tol=1e-2, ode_eps=golden.meta["ode.eps"])
+    assert {op: info.backends[op] for op in KERNELS} == dict.fromkeys(KERNELS, backend)
+    assert info.nfe == golden.meta["ode.tol0.01.nfe"]
+    assert relative_error(z, golden.io["ode.tol0.01.z"]) < 1e-2
+
+
+def test_the_kernels_accept_and_reject_as_scipy_does(golden: Golden, model: LSGM) -> None:
+    """Both on the exact drift, at tolerances that reject steps and at ones that do not."""
+    if model.device.type != "cpu":
+        pytest.skip("SciPy works on the host")
+    z1 = golden.io["ode.noise"].double() * model.sde.prior_std
+    term = model._term()
+    for tol in (1e-2, 1e-4):
+        ours = solve_ode(term, z1, t_end=golden.meta["ode.eps"], rtol=tol, atol=tol)
+        with torch.no_grad():
+            theirs = solve_ivp(
+                lambda t, y: term(float(t), torch.from_numpy(y).view_as(z1)).reshape(-1).numpy(),
+                (1.0, golden.meta["ode.eps"]),
+                z1.reshape(-1).numpy(),
+                rtol=tol,
+                atol=tol,
+            )
+        assert ours.nfe == theirs.nfev
+        ends = [step.t + step.h for step in ours.steps if step.accepted]
+        assert ends == pytest.approx(list(theirs.t[1:]), abs=1e-3 * tol)
+
+
+def test_one_evaluation_and_one_step_in_tritons_interpreter(golden: Golden, tmp_path) -> None:
+    pytest.importorskip("triton")
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        "import torch, lsgm_fast\n"
+        "torch.set_num_threads(1)\n"
+        "model = lsgm_fast.load(sys.argv[1])\n"
+        "noise = torch.load(sys.argv[2])\n"
+        "found = {}\n"
+        "for backend in ('reference', 'triton'):\n"
+        "    with lsgm_fast.use_backend(backend), torch.no_grad():\n"
+        "        z, info = model.sample_latents(len(noise), noise=noise, tol=1e6, ode_eps=0.999)\n"
+        "        drift = model.drift(noise, torch.tensor(0.4))\n"
+        "    found[backend] = (z, info.nfe, drift, info.backends)\n"
+        "(z, nfe, drift, ran), (z1, nfe1, drift1, _) = found['triton'], found['reference']\n"
+        f"assert all(ran[op] == 'triton' for op in {KERNELS!r}), ran\n"
+        "assert nfe == nfe1 <= 20, (nfe, nfe1)\n"
+        "for a, b in ((z, z1), (drift, drift1)):\n"
+        "    assert (a - b).norm() <= 1e-6 * b.norm(), (a - b).norm() / b.norm()\n"
+    )
+    torch.save(golden.io["ode.noise"][:1], tmp_path / "noise.pt")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(golden.path), str(tmp_path / "noise.pt")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_ode_tight_tolerance(golden: Golden, model: LSGM, device: torch.device) -> None:
