@@ -88,8 +88,8 @@ inline void prefetch(const T* p) {
   for (int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(at + b);
 }
 
-// Elements [begin, end), of one sample or of samples that share their coefficients. alpha q of element begin + i is at
-// alpha[i] where `alpha_varies`; else it is the same for all of them. Returns the sum of squares of the scaled errors.
+// Elements [begin, end), of one sample or of samples that share their coefficients. alpha of element begin + i is at
+// alpha[i] where `alpha_varies`; else *alpha is that of all of them. Returns the sum of squares of the scaled errors.
 template <bool kDrift, bool kNorm, class C, class T, class E>
 double run(const Operands<C, T, E>& o, const Coefficients<C>& c, const C* alpha, bool alpha_varies, int64_t begin,
     int64_t end) {
@@ -98,6 +98,10 @@ double run(const Operands<C, T, E>& o, const Coefficients<C>& c, const C* alpha,
   T* z = o.z;
   T* k_new = o.k_new;
   const bool a_new = o.a_new != C(0), e_new = o.e_new != C(0);
+  C same[kBlock * Vec<C>::width];  // in the form in which it varies, so that the loop need not ask
+  if (kDrift) {
+    for (C& v : same) v = *alpha;
+  }
 
   const auto block = [&](auto* part, auto count, int64_t i) {
     using V = std::remove_pointer_t<decltype(part)>;
@@ -144,32 +148,34 @@ double run(const Operands<C, T, E>& o, const Coefficients<C>& c, const C* alpha,
       prefetch<V, n>(z + i);
       prefetch<V, n>(eps + i);
     }
-    // The stores come last: a load that follows a store to another page at the same offset has to wait for it.
+    if (kDrift) {
+      V f[n], p, q, r, state, network;
+      fill(p, c.p);
+      fill(q, c.q);
+      fill(r, c.r);
+      const C* alphas = alpha_varies ? alpha + (i - begin) : same;
+      for (int u = 0; u < n; ++u) {
+        const int64_t at = i + u * width;
+        load(a, alphas + u * width);
+        load(state, z + at);
+        load(network, eps + at);
+        f[u] = fma(mul(a, q), fnma(r, state, network), mul(p, state));
+        store(f[u], k_new + at);
+      }
+      fill(a, o.a_new);
+      fill(e, o.e_new);
+      if (a_new) {
+        for (int u = 0; u < n; ++u) sum[u] = fma(a, f[u], sum[u]);
+      }
+      if (e_new) {
+        for (int u = 0; u < n; ++u) error[u] = fma(e, f[u], error[u]);
+      }
+    }
     for (int u = 0; u < n; ++u) {
       const int64_t at = i + u * width;
       V h, start;
       fill(h, c.h);
       load(start, y + at);
-      if (kDrift) {
-        V p, q, r, state, network;
-        fill(p, c.p);
-        fill(r, c.r);
-        if (alpha_varies) {
-          load(a, alpha + (at - begin));
-          fill(q, c.q);
-          q = mul(a, q);
-        } else {
-          fill(q, *alpha * c.q);
-        }
-        load(state, z + at);
-        load(network, eps + at);
-        const V f = fma(q, fnma(r, state, network), mul(p, state));
-        store(f, k_new + at);
-        fill(a, o.a_new);
-        if (a_new) sum[u] = fma(a, f, sum[u]);
-        fill(e, o.e_new);
-        if (e_new) error[u] = fma(e, f, error[u]);
-      }
       const V next = fma(h, sum[u], start);
       store(next, z + at);
       if (kNorm) {

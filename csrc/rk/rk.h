@@ -155,9 +155,9 @@ LSGM_HD void advance(const Control& c, int64_t i) {
   after[kNorm] = norm;
 }
 
-// CPU. `plan` makes the segments; `prepare` takes `scratch` bytes of memory, aligned as a double is, for the partial sums
-// and for alpha, which it computes; `step` does the segments [begin, end) and may run in several threads; `finish` makes
-// the norm from the partial sums, in a fixed order.
+// CPU. `plan` makes the segments; `prepare` takes `scratch` bytes of memory, aligned as a double is, for the partial
+// sums and for alpha, which it computes; `step` does the segments [begin, end) and may run in several threads; `finish`
+// makes the norm from the partial sums, in a fixed order.
 namespace cpu {
 
 void plan(Problem& p);

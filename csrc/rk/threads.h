@@ -138,8 +138,9 @@ LSGM_HD void add_stages(
   for (int i = 0; i < kAhead; ++i) {
     for (int n = 0; n < N; ++n) {
       const C k = widen<C>(stages[i].v[n]);
-      increment[n] += c.a[first + i] * k;
-      if (kNorm) error[n] += c.e[first + i] * k;
+      // Zero times a stage that is not finite would spoil the sum. Without a norm no coefficient is 0.
+      if (!kNorm || c.a[first + i] != C(0)) increment[n] += c.a[first + i] * k;
+      if (kNorm && c.e[first + i] != C(0)) error[n] += c.e[first + i] * k;
     }
   }
 }
@@ -173,8 +174,8 @@ LSGM_HD double step_at(const Call<ComputeOf<Z>>& c, int64_t at) {
     const C alpha_q = c.mixed ? mix_of(logit).network * q : q;
     for (int n = 0; n < N; ++n) {
       f[n] = drift(widen<C>(eps.v[n]), widen<C>(z.v[n]), p, alpha_q, r);
-      increment[n] = c.a_new * f[n];
-      if (kNorm) error[n] = c.e_new * f[n];
+      if (c.a_new != C(0)) increment[n] = c.a_new * f[n];
+      if (kNorm && c.e_new != C(0)) error[n] = c.e_new * f[n];
     }
   }
   add_stages<kNorm>(c, 0, stages, increment, error);

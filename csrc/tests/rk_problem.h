@@ -17,7 +17,7 @@ struct RkExample {
   bool drift, mixing;
   DType eps;  // where there is a drift
   bool norm, per_sample;
-  bool shared;  // one value of each scalar for all samples
+  int shared;  // bits 0 to 3: h, p, q, r are one value for all samples
   std::vector<double> a, e;
   int slot;        // that the drift is stored in
   int64_t offset;  // of every tensor, in elements: 0 is aligned
@@ -55,7 +55,7 @@ class Rk {
     p.z = z.data();
     p.k = k.data();
     const auto scalar = [&](int64_t field) {
-      return Scalars{static_cast<double*>(scalars.data()) + field, DType::float64, x.shared ? 0 : 4};
+      return Scalars{static_cast<double*>(scalars.data()) + field, DType::float64, is_shared(field) ? 0 : 4};
     };
     p.h = scalar(0);
     p.slot = -1;
@@ -88,7 +88,10 @@ class Rk {
   double e(int64_t s) const { return example.norm ? value_at(example.e, s) : 0.0; }
   bool is_read(int64_t s) const { return !(example.drift && s == example.slot) && (a(s) != 0 || e(s) != 0); }
   DType arithmetic() const { return example.dtype == DType::float64 ? DType::float64 : DType::float32; }
-  double scalar(int64_t field, int64_t sample) const { return scalars.at((example.shared ? 0 : 4 * sample) + field); }
+  bool is_shared(int64_t field) const { return (example.shared >> field & 1) != 0; }
+  double scalar(int64_t field, int64_t sample) const {
+    return scalars.at((is_shared(field) ? 0 : 4 * sample) + field);
+  }
 
   void check(const char* who) const {
     const long double unit = unit_roundoff(arithmetic());
@@ -158,7 +161,8 @@ class Rk {
     return text.str();
   }
 
-  void compare(const char* who, const char* what, int64_t i, double got, long double expected, long double scale) const {
+  void compare(
+      const char* who, const char* what, int64_t i, double got, long double expected, long double scale) const {
     const long double allowed = 8 * unit_roundoff(arithmetic()) * scale +
                                 unit_roundoff(example.dtype) * std::fabs(expected) * 1.01L +
                                 0x1p-25L * (example.dtype == DType::float16 ? 1 : 0);
@@ -188,8 +192,8 @@ inline std::vector<RkExample> rk_examples() {
   const auto add = [&](const Shape& s, DType dtype, bool drift, DType eps, const Rows& row) {
     ++n;
     for (int norm = 0; norm < 3; ++norm) {  // none, one for all, one per sample
-      list.push_back({s.batch, s.channels, s.spatial, dtype, drift, n % 4 != 0, eps, norm > 0, norm > 1, n % 3 == 0,
-          row.a, row.e, row.slot, n % 5 == 2 ? 1 : 0});
+      list.push_back({s.batch, s.channels, s.spatial, dtype, drift, n % 4 != 0, eps, norm > 0, norm > 1,
+          n % 3 == 0 ? 15 : 0, row.a, row.e, row.slot, n % 5 == 2 ? 1 : 0});
     }
   };
   for (DType dtype : all) {
@@ -208,6 +212,10 @@ inline std::vector<RkExample> rk_examples() {
     for (DType dtype : {DType::float32, DType::float64}) {
       for (bool drift : {false, true}) add(s, dtype, drift, DType::float32, rows[n % 2]);
     }
+  }
+  // Samples that differ in one scalar only.
+  for (int field = 0; field < 4; ++field) {
+    list.push_back({3, 4, 20, DType::float64, true, false, DType::float32, true, false, 15 ^ (1 << field), b, e, 6, 0});
   }
   return list;
 }

@@ -102,6 +102,10 @@ def finish_extra(draw: Callable[[str], Draw]) -> Iterator[tuple[str, Call]]:
     k = k.clone()
     k[3, 1, 2, 0, 0] = torch.inf
     yield "not finite", ((y, k, B, E, 0.1, 1e-4, 1e-4), {"per_sample": True})
+    # The last stage has a weight in the error only, so the solution stays finite.
+    y, k = state_and_stages(draw("infinite error"), (3, 6, 5, 7), f32, f32, "contiguous")
+    k[6, 1, 2, 0, 0] = torch.inf
+    yield "infinite error", ((y, k, B, E, 0.1, 1e-4, 1e-4), {"per_sample": True})
 
 
 def finish_traffic(sample: Sample, results: Sequence[Tensor]) -> int:
@@ -175,6 +179,9 @@ def _drift_extra(
         else:
             end = (1, tableau.a[min(2, stages - 1)], 0.1)
         yield tableau.name, ((*args(tableau.name, stages=stages), *end), {})
+    infinite = args("infinite output")
+    infinite[0][1, 2, 0, 0] = torch.inf  # type: ignore[index]
+    yield "infinite output", ((*infinite, *tail), {"per_sample": True} if finishing else {})
     # As after an accepted step whose last stage is the first of the next: the new one goes to slot 0.
     rows = 2 if finishing else 1
     turned = [tuple(reversed(row)) for row in tail[1 : 1 + rows]]  # type: ignore[call-overload]
