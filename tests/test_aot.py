@@ -83,6 +83,13 @@ def test_problems_are_found():
     assert dataclasses.replace(changed(stores={16: 1}), widest=None).problems() == []
 
 
+def test_of_a_generator_only_the_stores_must_be_wide():
+    generator = dataclasses.replace(changed(loads={32: 1}), name="generate_kernel")
+    assert generator.problems() == []
+    narrow = dataclasses.replace(changed(loads={32: 1}, stores={64: 1}), name="generate_kernel")
+    assert "widest store is 64 bits, expected 128" in narrow.problems()[0]
+
+
 def test_document_detects_what_changed():
     document = aot.render([REPORT])
     assert aot.differences(document, [REPORT]) == []

@@ -55,13 +55,22 @@ def test_known_answers(counter, key, expected):
     assert all(word.tolist() == [value, value] for word, value in zip(got, expected, strict=True))
 
 
-def test_wrapping_products_agree_with_unbounded_integers():
+def test_products_beyond_63_bits_agree_with_unbounded_integers():
     generator = np.random.default_rng(0)
     counters = generator.integers(0, 2**32, size=(200, 4))
     keys = generator.integers(0, 2**32, size=(200, 2))
     got = torch.stack(philox4x32(torch.from_numpy(counters).unbind(1), torch.from_numpy(keys).unbind(1)), 1)
     for counter, key, words in zip(counters.tolist(), keys.tolist(), got.tolist(), strict=True):
         assert tuple(words) == _philox_in_python_integers(counter, key)
+
+
+@pytest.mark.parametrize("seed", [1, 2**32 - 1])
+def test_compiled_words_are_the_same(seed):
+    """Words have all 32 bits and products up to 64, where a compiler for CPUs finds overflow that is undefined."""
+    torch._dynamo.reset()
+    indices = torch.tensor([4, 2**32 - 1])
+    compiled = torch.compile(lambda i: philox_words(seed, i, "z", 129), fullgraph=True)
+    assert torch.equal(compiled(indices), philox_words(seed, indices, "z", 129))
 
 
 def test_words_need_four_and_two():

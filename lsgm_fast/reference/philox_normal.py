@@ -15,14 +15,17 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
+@torch.compiler.assume_constant_result
+def _hashed(name: str) -> int:
+    return int.from_bytes(hashlib.blake2s(name.encode("utf-8")).digest()[:4], "little")
+
+
 def stream_word(stream: str | int) -> int:
     """The 32-bit counter word of a named stream: the first four bytes (little endian) of BLAKE2s(name).
 
     An integer is taken as the word itself.
     """
-    if isinstance(stream, str):
-        return int.from_bytes(hashlib.blake2s(stream.encode("utf-8")).digest()[:4], "little")
-    return check_word(stream, "stream")
+    return _hashed(stream) if isinstance(stream, str) else check_word(stream, "stream")
 
 
 def check_word(value: int, name: str) -> int:
@@ -39,14 +42,61 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def _multiply_high_low(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of ``multiplier * word``.
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or a ValueError if it is not a floating-point type."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    return dtype
 
-    The 64-bit product may wrap to a negative int64, whose bits are nevertheless those of the unsigned
-    product; the arithmetic right shift then only needs its sign extension masked away.
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` as a tuple of integers, or a ValueError if one of them is negative."""
+    shape = tuple(int(size) for size in shape)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape must not have negative sizes, got {shape}")
+    return shape
+
+
+def check_elements(elements: int) -> int:
+    """Blocks of four that ``elements`` values take, or a ValueError if their numbers do not fit into 32 bits."""
+    blocks = -(-elements // 4)
+    if blocks > _MASK + 1:
+        raise ValueError(f"at most 2**34 values per sample and stream, got {elements}")
+    return blocks
+
+
+def check_indices(sample_indices: Tensor | Sequence[int]) -> Tensor:
+    """``sample_indices`` as a one-dimensional int64 tensor.
+
+    Their range is checked where they are on the CPU: elsewhere that would wait for the device, and a graph that is
+    being traced (by way of a subclass of tensors, if not by Dynamo) has no values to look at.
+
+    Raises:
+        ValueError: not integers, not one-dimensional, or outside of 0 to 2**32 - 1.
     """
-    product = word * multiplier
-    return (product >> 32) & _MASK, product & _MASK
+    if isinstance(sample_indices, Tensor) and (
+        sample_indices.is_floating_point() or sample_indices.is_complex()
+    ):
+        raise ValueError(f"sample_indices must be integers, got dtype {sample_indices.dtype}")
+    indices = torch.as_tensor(sample_indices, dtype=torch.int64)
+    if indices.ndim != 1:
+        raise ValueError(f"sample_indices must be one-dimensional, got shape {tuple(indices.shape)}")
+    visible = type(indices) is Tensor and indices.device.type == "cpu" and not torch.compiler.is_compiling()
+    if visible and indices.numel():
+        low, high = (int(end) for end in torch.aminmax(indices))
+        if low < 0 or high > _MASK:
+            raise ValueError(f"sample_indices must be from 0 to 2**32 - 1, got {low} to {high}")
+    return indices
+
+
+def _multiply_high_low(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of ``multiplier * word``, for an odd multiplier.
+
+    The product may need 64 bits. An int64 that wraps would have them, but compilers take it for granted that none
+    does: so the word is moved to -2^31 ... 2^31 - 1, and ``2^31 multiplier = (multiplier >> 1) 2^32 + 2^31`` put back.
+    """
+    product = (word - (1 << 31)) * multiplier + (1 << 31)
+    return (product >> 32) + (multiplier >> 1), product & _MASK
 
 
 def philox4x32(
@@ -64,8 +114,11 @@ def philox4x32(
     """
     if len(counter) != 4 or len(key) != 2:
         raise ValueError(f"expected 4 counter words and 2 key words, got {len(counter)} and {len(key)}")
+    # The masks change nothing, but for TorchInductor: it would make the first products with an arange a part of its
+    # index arithmetic, which (in PyTorch 2.13) gets some of them wrong.
     words = [
-        torch.as_tensor(word, dtype=torch.int64, device=getattr(word, "device", device)) for word in counter
+        torch.as_tensor(word, dtype=torch.int64, device=getattr(word, "device", device)) & _MASK
+        for word in counter
     ]
     c0, c1, c2, c3 = torch.broadcast_tensors(*words)
     k0, k1 = key
@@ -98,25 +151,8 @@ def philox_words(
     check_seed(seed)
     check_word(substream, "substream")
     device = torch.device(device)
-    if isinstance(sample_indices, Tensor) and (
-        sample_indices.is_floating_point() or sample_indices.is_complex()
-    ):
-        raise ValueError(f"sample_indices must be integers, got dtype {sample_indices.dtype}")
-    indices = torch.as_tensor(sample_indices, dtype=torch.int64)
-    if indices.ndim != 1:
-        raise ValueError(f"sample_indices must be one-dimensional, got shape {tuple(indices.shape)}")
-    # The range of indices that live on an accelerator is not checked: that would wait for the device.
-    if (
-        indices.device.type == "cpu"
-        and indices.numel()
-        and (int(indices.min()) < 0 or int(indices.max()) > _MASK)
-    ):
-        raise ValueError(
-            f"sample_indices must be from 0 to 2**32 - 1, got {indices.min()} to {indices.max()}"
-        )
-    blocks = -(-elements // 4)
-    if blocks > _MASK + 1:
-        raise ValueError(f"at most 2**34 values per sample and stream, got {elements}")
+    indices = check_indices(sample_indices)
+    blocks = check_elements(elements)
     block = torch.arange(blocks, dtype=torch.int64, device=device)
     words = philox4x32(
         (block[None, :], stream_word(stream), indices.to(device)[:, None], substream),
@@ -160,11 +196,8 @@ def philox_normal(
     Raises:
         ValueError: an argument outside its range.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-    shape = tuple(int(size) for size in shape)
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape must not have negative sizes, got {shape}")
+    check_dtype(dtype)
+    shape = check_shape(shape)
     elements = math.prod(shape)
     words = philox_words(seed, sample_indices, stream, elements, device=device, substream=substream)
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -176,4 +209,4 @@ def philox_normal(
     angle = (2.0 * math.pi) * u2
     normals = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     n = words.shape[0]
-    return normals.reshape(n, words.shape[1] * 4)[:, :elements].reshape(n, *shape).to(dtype)
+    return normals.reshape(n, words.shape[1] * 4)[:, :elements].reshape(n, *shape).to(dtype).contiguous()
