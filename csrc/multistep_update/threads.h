@@ -139,7 +139,7 @@ LSGM_HD void combine(const Problem& p, const Launch& l, int64_t group, int64_t v
   if (std::is_same<V, Planes>::value) channel = quotient(within, p.spatial, l.narrow);
   if (std::is_same<V, Rows>::value) channel = within - quotient(within, p.channels, l.narrow) * p.channels;
   Held<Y, C, N> state;
-  Held<H, C, N> history[kMaxTerms - 1];
+  Held<H, C, N> history[kMaxTerms - 1] = {};
   fetch<Y, C, N>(state, p.inputs[0], p.y_dtype, at);
   for (int t = 1; t < kMaxTerms; ++t) {
     if (t < p.terms) fetch<H, C, N>(history[t - 1], p.inputs[t], p.h_dtype, at);

@@ -391,13 +391,14 @@ CASE("vectors only where every access is aligned and elements share what they ne
 
 CASE("NaN and infinity reach the norm, and the element itself, and nothing else") {
   for (double bad : {std::nan(""), static_cast<double>(HUGE_VAL)}) {
-    for (Norm norm : {Norm::joint, Norm::per_sample}) {
+    for (int slot : {4, 3}) {  // with weights in both sums; in the error only
+      const Norm norm = bad == bad ? Norm::per_sample : Norm::joint;
       const Example x{3, 2, 20, DType::float32, false, DType::float32, false, norm, 7, 0x7d, 0, 0, DType::float32, 0};
       Step m(x);
       m.plan();
-      m.k.set(2 * m.count + 40 + 13, bad);  // the second sample
+      m.k.set(slot * m.count + 40 + 13, bad);  // the second sample
       launch(m.problem, x.grid);
-      for (int64_t i = 0; i < m.count; ++i) CHECK(std::isfinite(m.z.at(i)) == (i != 53)) << i;
+      for (int64_t i = 0; i < m.count; ++i) CHECK(std::isfinite(m.z.at(i)) == (i != 53 || slot == 3)) << i;
       for (int64_t i = 0; i < m.norm.count(); ++i) {
         CHECK(std::isfinite(m.norm.at(i)) == (norm == Norm::per_sample && i != 1)) << i;
       }
