@@ -10,8 +10,7 @@ namespace philox_normal {
 namespace {
 
 uint32_t word(int64_t value, const char* name) {
-  STD_TORCH_CHECK(
-      value >= 0 && value <= int64_t(UINT32_MAX), name, " must be from 0 to 2**32 - 1, got ", value);
+  STD_TORCH_CHECK(value >= 0 && value <= int64_t(UINT32_MAX), name, " must be from 0 to 2**32 - 1, got ", value);
   return static_cast<uint32_t>(value);
 }
 
@@ -64,7 +63,11 @@ Tensor forward(const Tensor& indices, int64_t key0, int64_t key1, int64_t stream
 }  // namespace lsgm
 
 #if defined(LSGM_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CUDA, m) { m.impl("philox_normal_cuda", TORCH_BOX(&lsgm::philox_normal::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CUDA, m) {
+  m.impl("philox_normal_cuda", TORCH_BOX(&lsgm::philox_normal::forward));
+}
 #else
-STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CPU, m) { m.impl("philox_normal_cpu", TORCH_BOX(&lsgm::philox_normal::forward)); }
+STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CPU, m) {
+  m.impl("philox_normal_cpu", TORCH_BOX(&lsgm::philox_normal::forward));
+}
 #endif

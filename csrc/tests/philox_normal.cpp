@@ -1,4 +1,4 @@
-// Philox against Random123's known answers, and the CPU kernels of philox_normal, baseline and AVX2, against long double.
+// Philox against Random123's known answers; the CPU kernels of philox_normal, baseline and AVX2, against long double.
 #include "common/cpu.h"
 #include "tests/philox_normal_problem.h"
 

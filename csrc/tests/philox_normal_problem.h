@@ -57,11 +57,11 @@ class PhiloxNormal {
  private:
   void check(const char* who, int64_t i, double got) const {
     const int64_t sample = i / example.elements, at = i - sample * example.elements;
-    const Words words = philox_normal::words_of(p, static_cast<uint32_t>(indices[static_cast<size_t>(2 * sample)]),
-        at / kBlock);
+    const Words words = philox_normal::words_of(p, philox_normal::index_of(p, sample), at / kBlock);
     const auto pair = static_cast<size_t>(at % kBlock / 2 * 2);
-    const long double u1 = static_cast<float>(static_cast<double>(static_cast<float>(words.x[pair])) * 0x1p-32 + 0x1p-33);
-    const long double u2 = static_cast<double>(static_cast<float>(words.x[pair + 1])) * 0x1p-32;
+    const double first = static_cast<float>(words.x[pair]), second = static_cast<float>(words.x[pair + 1]);
+    const long double u1 = static_cast<float>(first * 0x1p-32 + 0x1p-33);
+    const long double u2 = second * 0x1p-32;
     const long double radius = std::sqrt(-2 * std::log(u1));
     const long double angle = 2 * 3.14159265358979323846264338327950288L * u2;
     const long double expected = radius * (at % 2 ? std::sin(angle) : std::cos(angle));

@@ -95,8 +95,8 @@ def _multiply_high_low(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     The product may need 64 bits. An int64 that wraps would have them, but compilers take it for granted that none
     does: so the word is moved to -2^31 ... 2^31 - 1, and ``2^31 multiplier = (multiplier >> 1) 2^32 + 2^31`` put back.
     """
-    product = (word - (1 << 31)) * multiplier + (1 << 31)
-    return (product >> 32) + (multiplier >> 1), product & _MASK
+    product = (word - (1 << 31)).mul_(multiplier).add_(1 << 31)
+    return (product >> 32).add_(multiplier >> 1), product.bitwise_and_(_MASK)
 
 
 def philox4x32(
@@ -125,7 +125,7 @@ def philox4x32(
     for _ in range(_ROUNDS):
         high0, low0 = _multiply_high_low(_MULTIPLIERS[0], c0)
         high1, low1 = _multiply_high_low(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        c0, c1, c2, c3 = high1.bitwise_xor_(c1) ^ k0, low1, high0.bitwise_xor_(c3) ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
