@@ -1,7 +1,7 @@
-"""Runs the checks of a Triton kernel in Triton's interpreter: in a process of its own, since it is chosen at import.
+"""Runs the checks of a Triton kernel in Triton's interpreter, on CPU tensors, in a process of its own.
 
-A test file lists ``checks() -> {name: function}``, calls ``main(checks())`` where it is run as a program, and makes its
-tests with :func:`tests_of`.
+``TRITON_INTERPRET=1`` decides at import what ``@triton.jit`` makes, and other tests compile the same kernels. So a
+test file is also a program: run as one it calls :func:`main` with its checks; its tests ask :func:`check` what that said.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lsgm_fast.testing import Sample
 Checks = Mapping[str, Callable[[], None]]
 
 
-def sample_checks(op: str, samples: list[Sample], *, gradients: bool = False) -> dict[str, Callable[[], None]]:
-    """A check for every sample: forward, and where there are ``gradients``, backward."""
-    return {f"sample: {s.id}": functools.partial(_check_sample, op, s, gradients) for s in samples}
+def sample_checks(op: str, samples: list[Sample]) -> dict[str, Callable[[], None]]:
+    """A check for every sample: forward, and where there are gradients, backward."""
+    return {f"{op}: {s.id}": functools.partial(_check_sample, op, s) for s in samples}
 
 
-def _check_sample(op: str, sample: Sample, gradients: bool) -> None:
+def _check_sample(op: str, sample: Sample) -> None:
     with testing.poison_uninitialized():
         assert testing.unsupported(op, "triton", sample) == []
         testing.check_forward(op, "triton", sample)
-        if gradients:
+        if testing.has_gradients(op, "triton", sample):
             testing.check_backward(op, "triton", sample)
 
 

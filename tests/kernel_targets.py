@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-import pytest
 from lsgm_fast import fused, testing
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

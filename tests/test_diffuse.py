@@ -7,6 +7,7 @@ import os
 import threading
 
 import hypothesis.strategies as st
+import kernel_targets
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -18,30 +19,11 @@ from lsgm_fast.errors import BackendUnsupported
 from lsgm_fast.testing import LAYOUTS, MIXED_DTYPES, Draw, Sample, check_backward, check_forward
 
 NAME = "diffuse"
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _targets():
-    """(backend, device) of everything that could run; what cannot is skipped with its reason."""
-    for device in DEVICES:
-        for backend in ops.diffuse.backends():
-            marks = [pytest.mark.gpu] if device == "cuda" else []
-            why = None if backend == "reference" else fused.unavailable(backend, device)
-            if why is not None:
-                if backend != "cpu" or device != "cpu":
-                    continue  # not at home there
-                marks.append(pytest.mark.skip(reason=why))
-            yield pytest.param((backend, device), marks=marks, id=f"{backend}-{device}")
-
-
-TARGETS = list(_targets())
+TARGETS = kernel_targets.targets(NAME)
 FUSED = [t for t in TARGETS if not t.id.startswith("reference")]
-
-
-def limit(target) -> int:
-    """Elements up to which a sample takes no time: Triton's interpreter is slow."""
-    return 3_000 if target == ("triton", "cpu") else 2**22
 
 
 @functools.cache
@@ -66,7 +48,7 @@ def test_every_sample(target):
     ran = 0
     with testing.poison_uninitialized():
         for sample in samples_on(device):
-            if sample.elements <= limit(target):
+            if sample.elements <= kernel_targets.limit(target):
                 assert testing.unsupported(NAME, backend, sample) == []
                 check_forward(NAME, backend, sample)
                 check_backward(NAME, backend, sample)

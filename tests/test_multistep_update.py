@@ -7,12 +7,13 @@ import os
 import threading
 
 import hypothesis.strategies as st
+import kernel_targets
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 
 import lsgm_fast
-from lsgm_fast import SDEConfig, build_sde, fused, ops, testing
+from lsgm_fast import SDEConfig, build_sde, ops, testing
 from lsgm_fast.dispatch import record, use_backend
 from lsgm_fast.errors import BackendUnsupported
 from lsgm_fast.reference.multistep_update import multistep_update as reference
@@ -20,31 +21,10 @@ from lsgm_fast.sampling.ancestral import sample_ancestral
 from lsgm_fast.testing import LAYOUTS, Draw, Sample, check_forward
 
 NAME = "multistep_update"
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _targets():
-    """(backend, device) of every fused kernel that could run; what cannot is skipped with its reason."""
-    for device in DEVICES:
-        for backend in ops.multistep_update.backends():
-            if backend == "reference":
-                continue
-            marks = [pytest.mark.gpu] if device == "cuda" else []
-            why = fused.unavailable(backend, device)
-            if why is not None:
-                if backend != "cpu" or device != "cpu":
-                    continue  # not at home there
-                marks.append(pytest.mark.skip(reason=why))
-            yield pytest.param((backend, device), marks=marks, id=f"{backend}-{device}")
-
-
-TARGETS = list(_targets())
-
-
-def limit(target) -> int:
-    """Elements up to which a sample takes no time: Triton's interpreter is slow."""
-    return 3_000 if target == ("triton", "cpu") else 2**22
+TARGETS = kernel_targets.targets(NAME, reference=False)
 
 
 @functools.cache
@@ -71,7 +51,7 @@ def test_every_sample(target):
     ran = 0
     with testing.poison_uninitialized():
         for sample in samples_on(device):
-            if sample.elements <= limit(target):
+            if sample.elements <= kernel_targets.limit(target):
                 assert testing.unsupported(NAME, backend, sample) == []
                 check_forward(NAME, backend, sample)
                 ran += 1

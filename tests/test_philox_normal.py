@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 
+import kernel_targets
 import pytest
 import torch
 
@@ -20,25 +21,11 @@ from lsgm_fast.reference.philox_normal import philox_words, stream_word
 from lsgm_fast.testing import check_forward
 
 NAME = "philox_normal"
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _targets():
-    """(backend, device) of everything that could run; what cannot is skipped with its reason."""
-    for device in DEVICES:
-        for backend in ops.philox_normal.backends():
-            marks = [pytest.mark.gpu] if device == "cuda" else []
-            why = None if backend == "reference" else fused.unavailable(backend, device)
-            if why is not None:
-                if backend != "cpu" or device != "cpu":
-                    continue  # not at home there
-                marks.append(pytest.mark.skip(reason=why))
-            yield pytest.param((backend, device), marks=marks, id=f"{backend}-{device}")
-
-
-TARGETS = list(_targets())
+TARGETS = kernel_targets.targets(NAME)
 FUSED = [t for t in TARGETS if not t.id.startswith("reference")]
 
 

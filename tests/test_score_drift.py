@@ -9,12 +9,13 @@ import os
 import threading
 
 import hypothesis.strategies as st
+import kernel_targets
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 
 import lsgm_fast
-from lsgm_fast import fused, ops, testing
+from lsgm_fast import ops, testing
 from lsgm_fast.config import SDEConfig
 from lsgm_fast.dispatch import record, use_backend
 from lsgm_fast.errors import BackendUnsupported
@@ -24,31 +25,12 @@ from lsgm_fast.testing import LAYOUTS, MIXED_DTYPES, Draw, Sample, check_forward
 from lsgm_fast.testing.inputs import BF16, F16, F32, F64
 
 NAME = "score_drift"
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _targets():
-    """(backend, device) of everything that could run; what cannot is skipped with its reason."""
-    for device in DEVICES:
-        for backend in ops.score_drift.backends():
-            marks = [pytest.mark.gpu] if device == "cuda" else []
-            why = None if backend == "reference" else fused.unavailable(backend, device, NAME)
-            if why is not None:
-                if backend != "cpu" or device != "cpu":
-                    continue  # not at home there
-                marks.append(pytest.mark.skip(reason=why))
-            yield pytest.param((backend, device), marks=marks, id=f"{backend}-{device}")
-
-
-TARGETS = list(_targets())
+TARGETS = kernel_targets.targets(NAME)
 FUSED = [t for t in TARGETS if not t.id.startswith("reference")]
 COMPILED = [t for t in FUSED if not t.id.startswith("triton")]
-
-
-def limit(target) -> int:
-    """Elements up to which a sample takes no time: Triton's interpreter is slow."""
-    return 3_000 if target == ("triton", "cpu") else 2**22
 
 
 @functools.cache
@@ -69,7 +51,7 @@ def test_every_sample(target):
     ran = 0
     with testing.poison_uninitialized():
         for sample in samples_on(device):
-            if sample.elements <= limit(target):
+            if sample.elements <= kernel_targets.limit(target):
                 assert testing.unsupported(NAME, backend, sample) == []
                 check_forward(NAME, backend, sample)
                 ran += 1

@@ -1,26 +1,16 @@
-"""The Triton kernels of the Runge-Kutta family in Triton's interpreter, on CPU tensors.
-
-As ``test_triton_mixed_score.py``: this file is also a program, which one process with ``TRITON_INTERPRET=1`` runs.
-"""
+"""The Triton kernels of the Runge-Kutta family in Triton's interpreter, on CPU tensors. See ``interpreter.py``."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from torch import Tensor
 
-import lsgm_fast
 from lsgm_fast import testing
 from lsgm_fast.reference import rk as reference
 from lsgm_fast.sampling import tableaus
@@ -41,10 +31,6 @@ def samples(op: str) -> list[Sample]:
 def interpreter_truncates(op: str, sample: Sample) -> bool:
     """Its conversion to bfloat16 drops digits where the hardware rounds, which the norm of rk_finish takes up."""
     return op == "rk_finish" and sample.args[0].dtype == torch.bfloat16
-
-
-def sample_checks() -> dict[str, tuple[str, Sample]]:
-    return {f"{op}: {s.id}": (op, s) for op in OPS for s in samples(op) if not interpreter_truncates(op, s)}
 
 
 class Problem:
@@ -420,49 +406,15 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def check_sample(op: str, sample: Sample) -> None:
-    with testing.poison_uninitialized():
-        assert testing.unsupported(op, "triton", sample) == []
-        testing.check_forward(op, "triton", sample)
+ALL = dict(CHECKS)
+for _op in OPS:
+    ALL.update(interpreter.sample_checks(_op, [s for s in samples(_op) if not interpreter_truncates(_op, s)]))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    checks = dict(CHECKS)
-    for name, (op, sample) in sample_checks().items():
-        checks[name] = lambda op=op, sample=sample: check_sample(op, sample)
-    failures = {}
-    for name, check in checks.items():
-        try:
-            check()
-        except BaseException:
-            failures[name] = traceback.format_exc()
-    print(json.dumps({"ran": list(checks), "failures": failures}))
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, object]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    path = os.pathsep.join([str(Path(lsgm_fast.__file__).parent.parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", [*CHECKS, *sample_checks()])
-def test_interpreted(interpreted, name):
-    assert name in interpreted["ran"]
-    assert name not in interpreted["failures"], interpreted["failures"].get(name)
+@pytest.mark.parametrize("name", ALL)
+def test_interpreted(name):
+    interpreter.check(__file__, name)
 
 
 if __name__ == "__main__":
-    main()
+    interpreter.main(ALL)

@@ -1,24 +1,13 @@
-"""The Triton kernels of ``score_matching_loss`` in Triton's interpreter, on CPU tensors.
-
-``TRITON_INTERPRET=1`` decides at import what ``@triton.jit`` makes, and other tests compile the same kernels: so this
-file is also a program, which one process with that variable runs. It does all checks and prints what failed.
-"""
+"""The Triton kernels of ``score_matching_loss`` in Triton's interpreter, on CPU tensors. See ``interpreter.py``."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 
-import lsgm_fast
 from lsgm_fast import testing
 from lsgm_fast.testing.inputs import Draw, Sample
 
@@ -219,49 +208,13 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def check_sample(sample: Sample) -> None:
-    with testing.poison_uninitialized():
-        assert testing.unsupported(OP, "triton", sample) == []
-        testing.check_forward(OP, "triton", sample)
-        testing.check_backward(OP, "triton", sample)
+ALL = {**CHECKS, **interpreter.sample_checks(OP, samples())}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    checks = dict(CHECKS)
-    for sample in samples():
-        checks[f"sample: {sample.id}"] = lambda sample=sample: check_sample(sample)
-    failures = {}
-    for name, check in checks.items():
-        try:
-            check()
-        except BaseException:
-            failures[name] = traceback.format_exc()
-    print(json.dumps({"ran": list(checks), "failures": failures}))
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, object]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    path = os.pathsep.join([str(Path(lsgm_fast.__file__).parent.parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", [*CHECKS, *(f"sample: {s.id}" for s in samples())])
-def test_interpreted(interpreted, name):
-    assert name in interpreted["ran"]
-    assert name not in interpreted["failures"], interpreted["failures"].get(name)
+@pytest.mark.parametrize("name", ALL)
+def test_interpreted(name):
+    interpreter.check(__file__, name)
 
 
 if __name__ == "__main__":
-    main()
+    interpreter.main(ALL)

@@ -10,6 +10,7 @@
 
 namespace lsgm {
 namespace testing {
+namespace {  // these names occur in several test files, which lsgm_fast._C links into one library
 
 struct Example {
   Order order;
@@ -115,5 +116,6 @@ inline std::vector<Example> examples() {
   return list;
 }
 
+}  // namespace
 }  // namespace testing
 }  // namespace lsgm

@@ -9,6 +9,7 @@
 
 namespace lsgm {
 namespace testing {
+namespace {  // these names occur in several test files, which lsgm_fast._C links into one library
 
 using lsgm::mixed_score::partial_rows;
 using lsgm::mixed_score::Problem;
@@ -79,5 +80,6 @@ class MixedScore : public ChannelwiseProblem {
   Terms terms(int64_t i) const { return {network(i), sample_value(r, i), eps.at(i), z.at(i), channel_of(i)}; }
 };
 
+}  // namespace
 }  // namespace testing
 }  // namespace lsgm

@@ -11,6 +11,7 @@
 
 namespace lsgm {
 namespace testing {
+namespace {  // these names occur in several test files, which lsgm_fast._C links into one library
 
 using lsgm::multistep_update::Coefficient;
 using lsgm::multistep_update::kMaxTerms;
@@ -163,5 +164,6 @@ inline std::vector<Example> examples() {
   return list;
 }
 
+}  // namespace
 }  // namespace testing
 }  // namespace lsgm

@@ -10,6 +10,7 @@
 
 namespace lsgm {
 namespace testing {
+namespace {  // these names occur in several test files, which lsgm_fast._C links into one library
 
 using lsgm::philox_normal::kBlock;
 using lsgm::philox_normal::Problem;
@@ -90,5 +91,6 @@ inline std::vector<NormalExample> normal_examples() {
   return list;
 }
 
+}  // namespace
 }  // namespace testing
 }  // namespace lsgm

@@ -10,6 +10,7 @@
 
 namespace lsgm {
 namespace testing {
+namespace {  // these names occur in several test files, which lsgm_fast._C links into one library
 
 struct RkExample {
   int64_t batch, channels, spatial;
@@ -220,5 +221,6 @@ inline std::vector<RkExample> rk_examples() {
   return list;
 }
 
+}  // namespace
 }  // namespace testing
 }  // namespace lsgm

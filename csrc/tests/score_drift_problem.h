@@ -8,6 +8,7 @@
 
 namespace lsgm {
 namespace testing {
+namespace {  // these names occur in several test files, which lsgm_fast._C links into one library
 
 class ScoreDrift : public ChannelwiseProblem {
  public:
@@ -43,5 +44,6 @@ class ScoreDrift : public ChannelwiseProblem {
   score_drift::Problem problem;
 };
 
+}  // namespace
 }  // namespace testing
 }  // namespace lsgm
