@@ -56,6 +56,7 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, torch.bfloat16),
     "float16": (torch.float16, torch.float16),
     "float64": (torch.float64, torch.float64),
+    "float64<-float32": (torch.float64, torch.float32),
     "float32<-bfloat16": (torch.float32, torch.bfloat16),
     "float32<-float16": (torch.float32, torch.float16),
 }

@@ -66,14 +66,13 @@ def reference() -> np.ndarray:
 
 def test_the_model_learns(reference: np.ndarray) -> None:
     assert np.isfinite(reference).all()
-    assert reference[-20:].mean() < 0.8 * reference[:20].mean()
+    assert reference[-20:].mean() < 0.9 * reference[:20].mean()
 
 
 def test_fused_kernels_give_the_references_curve(reference: np.ndarray) -> None:
-    """Rounding alone moves the curve: training amplifies float32's 6e-8 to some 1e-4 within 200 steps."""
+    """Rounding alone moves the curve, by some 1e-6: a tenth of what is allowed."""
     if os.environ.get("LSGM_FAST_BACKEND"):
         pytest.skip("LSGM_FAST_BACKEND chooses the kernels")
     curve, ran = _curve("cpu")
     assert {op: ran[op] for op in OPERATIONS} == dict.fromkeys(OPERATIONS, "cpu")
-    np.testing.assert_allclose(curve[:20], reference[:20], rtol=2e-5)
-    np.testing.assert_allclose(curve, reference, rtol=2e-3)
+    np.testing.assert_allclose(curve, reference, rtol=2e-5)
