@@ -1,7 +1,8 @@
 """Runs the checks of a Triton kernel in Triton's interpreter, on CPU tensors, in a process of its own.
 
 ``TRITON_INTERPRET=1`` decides at import what ``@triton.jit`` makes, and other tests compile the same kernels. So a
-test file is also a program: run as one it calls :func:`main` with its checks; its tests ask :func:`check` what that said.
+test file is also a program: run as one it calls :func:`main` with its checks; its tests ask :func:`check` what that
+said.
 """
 
 from __future__ import annotations
