@@ -116,7 +116,10 @@ def sample(
     ] = False,
     seed: Seed = 0,
     solver: Annotated[
-        str, typer.Option(help="How the equation is solved: auto, rk45, rk23, scipy, dopri5 or ancestral.")
+        str,
+        typer.Option(
+            help="How the equation is solved: auto, rk45, rk23, scipy, dopri5, exponential or ancestral."
+        ),
     ] = "auto",
     tol: Annotated[
         float | None,
@@ -124,7 +127,9 @@ def sample(
     ] = None,
     evaluations: Annotated[
         int | None,
-        typer.Option(min=1, help="Network evaluations, for a solver with a fixed budget (ancestral)."),
+        typer.Option(
+            min=1, help="Network evaluations, for a solver with a fixed budget (exponential, ancestral)."
+        ),
     ] = None,
     ode_eps: Annotated[
         float | None,

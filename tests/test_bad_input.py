@@ -188,7 +188,12 @@ def test_a_backend_that_an_operation_does_not_have(model):
         ({"seed": 2**64}, r"seed must be .* got 18446744073709551616"),
         ({"seed": 0.5}, r"seed must be .* got 0.5"),
         ({"seed": "zero"}, r"seed must be .* got 'zero'"),
-        ({"evaluations": 10}, "evaluations=10 needs a solver with a fixed budget.*ancestral"),
+        (
+            {"evaluations": 10, "solver": "rk23"},
+            "evaluations=10 needs a solver with a fixed budget.*ancestral",
+        ),
+        ({"evaluations": 10, "tol": 1e-3}, "tol=0.001 and evaluations=10 exclude each other"),
+        ({"solver": "exponential", "tol": 1e-3}, "tol is for adaptive solvers"),
         ({"evaluations": 10, "solver": "rk45"}, "'rk45' chooses its evaluations to meet tol"),
         ({"solver": "ancestral", "evaluations": 0}, "at least 1, got 0"),
         ({"solver": "ancestral", "evaluations": -2}, "at least 1, got -2"),

@@ -360,7 +360,7 @@ def test_a_real_model_rejects_names_with_suggestions(tiny_checkpoint, run, tmp_p
     for arguments, message in (
         (("--solver", "rk54"), "did you mean 'rk45'"),
         (("--bn", "runing"), "did you mean 'running'"),
-        (("--evaluations", "10"), "ancestral"),
+        (("--evaluations", "10", "--solver", "rk45"), "ancestral"),
         (("--tol", "-1"), "-1"),
     ):
         result = run("sample", tiny_checkpoint, "-n", 1, "--device", "cpu", *arguments)

@@ -19,7 +19,16 @@ from lsgm_fast.config import LSGMConfig, SamplingConfig, SDEConfig
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import BN_STATISTICS, NVAE, LatentGroup
-from lsgm_fast.sampling import SOLVERS, Progress, ScoreTerm, Solution, sample_ancestral, solve_ode
+from lsgm_fast.sampling import (
+    SOLVERS,
+    Progress,
+    ScoreTerm,
+    Solution,
+    natural_grid,
+    sample_ancestral,
+    solve_exponential,
+    solve_ode,
+)
 from lsgm_fast.sde import SDE, build_sde
 from lsgm_fast.weighting import iw_quantities
 
@@ -27,6 +36,8 @@ logger = logging.getLogger("lsgm_fast")
 
 DEFAULT_BATCH_SIZE = 64
 ANCESTRAL_STEPS = 1000
+EXPONENTIAL_STEPS = 10
+FIXED_BUDGET = ("exponential", "ancestral")
 
 
 @runtime_checkable
@@ -201,10 +212,12 @@ class LSGM(nn.Module):
             noise: standard-normal initial state (n, *latent_shape); None: drawn from ``seed``.
             seed: 0 to 2^64 - 1. first_index: index of the first sample within the request, so that splitting a request
                 does not change its draws.
-            solver: ``"rk45"`` (``"auto"``), ``"scipy"`` (the published path, with the published float32 formulas),
-                ``"dopri5"`` or ``"ancestral"``.
+            solver: ``"rk45"``, ``"rk23"``, ``"scipy"`` (the published path, with the published float32 formulas) and
+                ``"dopri5"`` meet a tolerance; ``"exponential"`` (:func:`~lsgm_fast.sampling.solve_exponential`) and
+                ``"ancestral"`` take a number of evaluations. ``"auto"``: ``"exponential"`` where ``evaluations`` is
+                given, else ``"rk45"``.
             tol: rtol and atol; None: the recipe's. evaluations: network evaluations, for solvers with a fixed
-                budget (``"ancestral"``; default 1000).
+                budget; None: 10 (``"exponential"``) or 1000 (``"ancestral"``).
             ode_eps: end time; None: the recipe's. temperature: factor on the initial noise (and ancestral noise).
             state_dtype: dtype of the adaptive solver's state. progress: show a progress bar on stderr.
 
@@ -216,18 +229,26 @@ class LSGM(nn.Module):
             NonFiniteError: the network produced NaN or infinity (step and t are named).
         """
         self._network()
-        solvers = (*SOLVERS, "ancestral")
+        solvers = (*SOLVERS, *FIXED_BUDGET)
         if solver not in solvers:
             raise unknown_name("solver", solver, solvers)
-        if evaluations is not None and solver != "ancestral":
+        if solver == "auto":
+            if tol is not None and evaluations is not None:
+                raise ValueError(
+                    f"tol={tol} and evaluations={evaluations} exclude each other: give a tolerance or a budget"
+                )
+            solver = "rk45" if evaluations is None else "exponential"
+        if evaluations is not None and solver not in FIXED_BUDGET:
             raise ValueError(
-                f"evaluations={evaluations} needs a solver with a fixed budget: solver='ancestral'; "
-                f"{solver!r} chooses its evaluations to meet tol"
+                f"evaluations={evaluations} needs a solver with a fixed budget, "
+                f"{' or '.join(map(repr, FIXED_BUDGET))}: {solver!r} chooses its evaluations to meet tol"
             )
         if evaluations is not None and (not isinstance(evaluations, int) or evaluations < 1):
             raise ValueError(f"evaluations must be a whole number of at least 1, got {evaluations!r}")
         if solver == "ancestral" and (tol is not None or ode_eps is not None):
             raise ValueError("tol and ode_eps are for the ODE solvers: solver='ancestral' takes evaluations")
+        if solver == "exponential" and tol is not None:
+            raise ValueError("tol is for adaptive solvers: solver='exponential' takes evaluations")
         if n < 0:
             raise ValueError(f"the number of latents must not be negative, got {n}")
         _check_temperature("temperature", temperature)
@@ -257,7 +278,7 @@ class LSGM(nn.Module):
                     callback=bar,
                 )
             else:
-                solution = self._solve(z1, solver, tol, ode_eps, state_dtype, bar)
+                solution = self._solve(z1, solver, tol, evaluations, ode_eps, state_dtype, bar)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start
@@ -266,7 +287,7 @@ class LSGM(nn.Module):
             seconds=seconds,
             steps=solution.accepted,
             rejected=solution.rejected,
-            solver="rk45" if solver == "auto" else solver,
+            solver=solver,
             backends=log.backends(),
         )
         return solution.z, info
@@ -276,6 +297,7 @@ class LSGM(nn.Module):
         z1: torch.Tensor,
         solver: str,
         tol: float | None,
+        evaluations: int | None,
         ode_eps: float | None,
         state_dtype: torch.dtype,
         callback: Callable[[Progress], object],
@@ -286,6 +308,10 @@ class LSGM(nn.Module):
             raise ValueError(f"tol must be positive, got {tol}")
         if not 0.0 < ode_eps < 1.0:
             raise ValueError(f"ode_eps must be in (0, 1), got {ode_eps}")
+        if solver == "exponential":
+            steps = EXPONENTIAL_STEPS if evaluations is None else evaluations
+            times = natural_grid(self.sde, steps, 1.0, ode_eps)
+            return solve_exponential(self._term(), z1, times, callback=callback)
         sde = self.sde.with_parity("published") if solver == "scipy" else self.sde
         return solve_ode(
             self._term(sde),

@@ -361,9 +361,7 @@ def solve_fixed(
         ValueError: fewer than two times, times that are not finite or a step of size 0.
         NonFiniteError: the state became NaN or infinite (names the first such step).
     """
-    times = [float(t) for t in times]
-    if len(times) < 2 or not all(map(math.isfinite, times)) or any(a == b for a, b in pairwise(times)):
-        raise ValueError(f"times must be at least two finite numbers, each other than the next, got {times}")
+    times = _solution.checked_times(times)
     started = time.perf_counter()
     if z1.numel() == 0:
         return Solution(z=z1.clone(), nfe=0, accepted=0, rejected=0, seconds=0.0)
@@ -386,17 +384,12 @@ def solve_fixed(
         if callback is not None:
             fraction = (t_next - times[0]) / (times[-1] - times[0]) if times[-1] != times[0] else 1.0
             callback(Progress(fraction=fraction, t=t_next, nfe=stages.nfe))
-    flags = finite.tolist()
-    if not all(flags):
-        first = flags.index(False)
-        raise NonFiniteError(
-            f"NaN or infinity in the state after step {first + 1} of {len(sizes)}, at t = {times[first + 1]!r}"
-        )
+    _solution.raise_if_not_finite(finite, times)
     return Solution(
         z=stages.y.to(z1.dtype),
         nfe=stages.nfe,
         accepted=len(sizes),
         rejected=0,
         seconds=time.perf_counter() - started,
-        steps=[StepRecord(t=a, h=b - a, error_norm=math.nan, accepted=True) for a, b in pairwise(times)],
+        steps=_solution.fixed_steps(times),
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from lsgm_fast.errors import NonFiniteError
 
 Drift: TypeAlias = Callable[[float, Tensor], Tensor]
 """``drift(t, z) -> dz/dt`` of z's shape, in any floating-point dtype."""
@@ -84,6 +88,33 @@ class CountedDrift:
                 "they must be equal"
             )
         return out
+
+
+def checked_times(times: Sequence[float]) -> list[float]:
+    """The times of a fixed grid as numbers.
+
+    Raises:
+        ValueError: fewer than two, one that is not finite, or a step of size 0.
+    """
+    times = [float(t) for t in times]
+    if len(times) < 2 or not all(map(math.isfinite, times)) or any(a == b for a, b in pairwise(times)):
+        raise ValueError(f"times must be at least two finite numbers, each other than the next, got {times}")
+    return times
+
+
+def fixed_steps(times: Sequence[float]) -> list[StepRecord]:
+    """The records of the steps between given times."""
+    return [StepRecord(t=a, h=b - a, error_norm=math.nan, accepted=True) for a, b in pairwise(times)]
+
+
+def raise_if_not_finite(finite: Tensor, times: Sequence[float]) -> None:
+    """Raise for the first step after which the state was not finite; ``finite`` has a flag for each."""
+    flags = finite.tolist()
+    if not all(flags):
+        first = flags.index(False)
+        raise NonFiniteError(
+            f"NaN or infinity in the state after step {first + 1} of {len(flags)}, at t = {times[first + 1]!r}"
+        )
 
 
 def supports_float64(device: torch.device) -> bool:
