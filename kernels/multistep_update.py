@@ -172,7 +172,7 @@ def plan(
         "GROUP": group,
         "BLOCK": block,
         "INDEX": index_type(size),
-        **launch_options(warps(block)),
+        **launch_options(warps(block), registers=128),
     }
     return (samples * blocks,), sizes, options
 

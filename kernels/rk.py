@@ -285,7 +285,7 @@ def step_plan(
         "GROUP": group,
         "BLOCK": block,
         "INDEX": index_type(size),
-        **launch_options(block // (32 * per_thread(dtype))),
+        **launch_options(block // (32 * per_thread(dtype)), registers=128),
     }
     return blocks, sizes, options
 

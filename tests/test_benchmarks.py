@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import lsgm_fast
 from lsgm_fast.config import SDEConfig
 from lsgm_fast.models import LSGM
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import measure, published, solver, validation  # noqa: E402
+from benchmarks import accuracy, measure, published, solver, validation  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "gpu" / "validate.sh"
 
@@ -543,6 +544,40 @@ def test_the_solvers_cost_is_not_timed_on_a_busy_machine(
     monkeypatch.setattr(measure, "busy_because", lambda *args, **kwargs: ["a test says so"])
     assert solver.main(["--presets", "tiny-rgb", "--out", str(tmp_path)]) == 3
     assert "a test says so" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_accuracy_against_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "TOLERANCES", (1e-2, 1e-4))
+    monkeypatch.setattr(accuracy, "EVALUATIONS", (2, 16))
+    monkeypatch.setattr(accuracy, "EXACT", 1e-6)
+    torch.manual_seed(0)
+    model = lsgm_fast.build("tiny-rgb")
+    for parameter in model.prior.parameters():  # some start at zero, and the network's output with them
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save(tmp_path / "model.safetensors")
+    arguments = [
+        "--model",
+        str(tmp_path / "model.safetensors"),
+        "--batch",
+        "2",
+        "--sets",
+        "2",
+        "--dry-run",
+        "--out",
+        str(tmp_path),
+    ]
+    assert accuracy.main(arguments) == 0
+    (path,) = tmp_path.glob("*/accuracy.json")
+    found = {
+        (c["parameters"]["solver"], c["parameters"].get("tol", c["parameters"].get("evaluations"))): c[
+            "figures"
+        ]
+        for c in json.loads(path.read_text())["cases"]
+    }
+    error = {key: accuracy.mean(figures["latent_error"]) for key, figures in found.items()}
+    assert error["rk45", 1e-4] < error["rk45", 1e-2] and error["exponential", 16] < error["exponential", 2]
+    assert found["exponential", 16]["evaluations"]["values"] == [16, 16]
+    assert all(len(figures["image_error"]["values"]) == 2 for figures in found.values())
 
 
 # -- the parts and the script ---------------------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+"""How far from the exact latents a solver ends, against the evaluations of the network that it took.
+
+    python -m benchmarks.accuracy                                        the embedded model
+    python -m benchmarks.accuracy --model checkpoint.pt --sets 4 --batch 8
+
+All solvers start from the same noise and end at the same time; the exact latents come from ``rk45`` at a tolerance of
+1e-8 with a float64 state (the network itself stays in the model's dtype). Errors are relative L2, of the latents and of
+the images decoded from them with running batch statistics, mean over several sets of noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lsgm_fast
+from benchmarks import measure
+from lsgm_fast.models import LSGM
+
+TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
+EVALUATIONS = (3, 4, 5, 6, 8, 10, 14, 18, 24, 32, 40)
+EXACT = 1e-8
+
+
+def _relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value.double() - exact.double()).norm() / exact.double().norm())
+
+
+def errors(model: LSGM, batch: int, sets: int) -> list[dict[str, Any]]:
+    """A record's case for every solver and setting: ``evaluations``, ``latent_error`` and ``image_error``."""
+    settings: list[tuple[str, dict[str, Any]]] = [
+        *(("rk45", {"tol": tol}) for tol in TOLERANCES),
+        *(("rk23", {"tol": tol}) for tol in TOLERANCES[:2]),
+        *(("exponential", {"evaluations": n}) for n in EVALUATIONS),
+    ]
+    found: list[list[tuple[int, float, float]]] = [[] for _ in settings]
+    for index in range(sets):
+        noise = lsgm_fast.random.normal(index, range(batch), "prior", model.latent_shape)
+        exact, _ = model.sample_latents(batch, noise=noise.to(model.device), solver="rk45", tol=EXACT)
+        images = model.decode(exact, bn="running")
+        for row, (solver, options) in zip(found, settings, strict=True):
+            z, info = model.sample_latents(batch, noise=noise.to(model.device), solver=solver, **options)
+            row.append((info.nfe, _relative(z, exact), _relative(model.decode(z, bn="running"), images)))
+    names = ("evaluations", "latent_error", "image_error")
+    return [
+        {
+            "parameters": {"solver": solver, **options, "batch": batch, "sets": sets},
+            "backends": {},
+            "failures": [],
+            "figures": {
+                name: measure.measured(values, "evaluations" if name == "evaluations" else "1")
+                for name, values in zip(names, zip(*row, strict=True), strict=True)
+            },
+        }
+        for row, (solver, options) in zip(found, settings, strict=True)
+    ]
+
+
+def mean(figure: dict[str, Any]) -> float:
+    """The mean of a measured figure's values."""
+    return sum(figure["values"]) / len(figure["values"])
+
+
+def table(cases: Sequence[dict[str, Any]]) -> str:
+    """The cases as a Markdown table of means."""
+    lines = ["| solver | setting | evaluations | latent error | image error |", "|---|---|---|---|---|"]
+    for case in cases:
+        p, f = case["parameters"], case["figures"]
+        setting = f"tol {p['tol']:g}" if "tol" in p else f"evaluations {p['evaluations']}"
+        lines.append(
+            f"| {p['solver']} | {setting} | {mean(f['evaluations']):.0f} | {mean(f['latent_error']):.2g} | "
+            f"{mean(f['image_error']):.2g} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table and write ``<machine>/<name>.json``."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="demo", help="a checkpoint, or the embedded model (default)")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sets", type=int, default=8, help="sets of noise")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="accuracy", help="of the record")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--dry-run", action="store_true", help="mark the record as a trial")
+    parser.add_argument("--commit", help="where there is no git history")
+    options = parser.parse_args(arguments)
+    if options.batch < 1 or options.sets < 1:
+        parser.error(f"--batch and --sets must be at least 1, got {options.batch} and {options.sets}")
+    # Nothing is timed here, so the machine need not be idle.
+    watch = measure.Watch(force=True, sample_seconds=0.1)
+    model = lsgm_fast.load(options.model, device=options.device)
+    cases = errors(model, options.batch, options.sets)
+    print(table(cases))
+    record_ = {
+        "schema": measure.SCHEMA,
+        "name": options.name,
+        "date": measure.now(),
+        "command": measure.command_line("benchmarks.accuracy", arguments),
+        "dry_run": options.dry_run,
+        **watch.entries(0.1),
+        "environment": measure.environment(options.commit),
+        "settings": {"model": options.model, "torch_threads": torch.get_num_threads()},
+        "cases": cases,
+        "left_out": [],
+        "complete": True,
+    }
+    measure.check_record(record_)
+    folder = measure.results_folder(options.out, options.dry_run) / measure.machine_name(options.device)
+    measure.write_json(folder / f"{options.name}.json", record_)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
