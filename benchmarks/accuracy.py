@@ -99,22 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = lsgm_fast.load(options.model, device=options.device)
     cases = errors(model, options.batch, options.sets)
     print(table(cases))
-    record_ = {
-        "schema": measure.SCHEMA,
-        "name": options.name,
-        "date": measure.now(),
-        "command": measure.command_line("benchmarks.accuracy", arguments),
-        "dry_run": options.dry_run,
-        **watch.entries(0.1),
-        "environment": measure.environment(options.commit),
-        "settings": {"model": options.model, "torch_threads": torch.get_num_threads()},
-        "cases": cases,
-        "left_out": [],
-        "complete": True,
-    }
-    measure.check_record(record_)
-    folder = measure.results_folder(options.out, options.dry_run) / measure.machine_name(options.device)
-    measure.write_json(folder / f"{options.name}.json", record_)
+    measure.write_record(
+        measure.results_folder(options.out, options.dry_run),
+        options.device,
+        name=options.name,
+        command=measure.command_line("benchmarks.accuracy", arguments),
+        dry_run=options.dry_run,
+        machine=watch.entries(0.1),
+        environment=measure.environment(options.commit),
+        settings={"model": options.model, "torch_threads": torch.get_num_threads()},
+        cases=cases,
+    )
     return 0
 
 

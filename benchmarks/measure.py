@@ -554,6 +554,39 @@ def environment(stated_commit: str | None = None) -> dict[str, Any]:
     }
 
 
+def write_record(
+    folder: Path,
+    device: str,
+    *,
+    name: str,
+    command: str,
+    dry_run: bool,
+    machine: dict[str, Any],
+    environment: dict[str, Any],
+    settings: dict[str, Any],
+    cases: Sequence[dict[str, Any]],
+    left_out: Sequence[str] = (),
+    date: str | None = None,
+) -> dict[str, Any]:
+    """Check a record and write ``<folder>/<machine>/<name>.json``; ``machine``: from :meth:`Watch.entries`."""
+    record = {
+        "schema": SCHEMA,
+        "name": name,
+        "date": now() if date is None else date,
+        "command": command,
+        "dry_run": dry_run,
+        **machine,
+        "environment": environment,
+        "settings": settings,
+        "cases": list(cases),
+        "left_out": list(left_out),
+        "complete": not left_out,
+    }
+    check_record(record)
+    write_json(folder / machine_name(device) / f"{name}.json", record)
+    return record
+
+
 def command_line(module: str, arguments: Sequence[str]) -> str:
     """The command as anybody would type it in the repository: the output folder's place is left out."""
     kept: list[str] = []

@@ -543,21 +543,18 @@ def benchmark(
         entries.append(entry)
         report(f"{case}: {describe(entry)}")
         gc.collect()
-    record_ = {
-        "schema": measure.SCHEMA,
-        "name": name,
-        "date": measure.now(),
-        "command": command,
-        "dry_run": dry_run,
-        **watch.entries(sample_seconds),
-        "environment": measure.environment(stated_commit),
-        "settings": settings(plan, op_names),
-        "cases": entries,
-        "left_out": left_out,
-        "complete": not left_out,
-    }
-    measure.check_record(record_)
-    measure.write_json(out / measure.machine_name(plan.device) / f"{name}.json", record_)
+    record_ = measure.write_record(
+        out,
+        plan.device,
+        name=name,
+        command=command,
+        dry_run=dry_run,
+        machine=watch.entries(sample_seconds),
+        environment=measure.environment(stated_commit),
+        settings=settings(plan, op_names),
+        cases=entries,
+        left_out=left_out,
+    )
     return record_, not any(entry["failures"] for entry in entries)
 
 

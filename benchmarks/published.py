@@ -503,28 +503,23 @@ def benchmark(
     """
     watch = measure.Watch(force=force, sample_seconds=sample_seconds)
     torch.backends.cudnn.benchmark = True
-    path = out / measure.machine_name(device) / f"{name}.json"
     date = measure.now()
     described = measure.environment(stated_commit)
 
     def save(finished: bool = False) -> dict[str, Any]:
-        left_out = session.left_out()
-        record = {
-            "schema": measure.SCHEMA,
-            "name": name,
-            "date": date,
-            "command": command,
-            "dry_run": dry_run,
-            **watch.entries(sample_seconds if finished else 0.05),
-            "environment": described,
-            "settings": settings(),
-            "cases": session.records,
-            "left_out": left_out,
-            "complete": not left_out,
-        }
-        measure.check_record(record)
-        measure.write_json(path, record)
-        return record
+        return measure.write_record(
+            out,
+            device,
+            name=name,
+            command=command,
+            dry_run=dry_run,
+            machine=watch.entries(sample_seconds if finished else 0.05),
+            environment=described,
+            settings=settings(),
+            cases=session.records,
+            left_out=session.left_out(),
+            date=date,
+        )
 
     session = Session(cases, device, plan, save)
     presets = list(dict.fromkeys(case.preset for case in cases))

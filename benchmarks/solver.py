@@ -189,22 +189,18 @@ def main(
             continue
         entries.append(entry)
         report(f"{preset}: {describe(entry)}")
-    record_ = {
-        "schema": measure.SCHEMA,
-        "name": options.name,
-        "date": measure.now(),
-        "command": measure.command_line("benchmarks.solver", arguments),
-        "dry_run": options.dry_run,
-        **watch.entries(2.0),
-        "environment": measure.environment(options.commit),
-        "settings": {"torch_threads": torch.get_num_threads(), "rounds": options.rounds},
-        "cases": entries,
-        "left_out": left_out,
-        "complete": not left_out,
-    }
-    measure.check_record(record_)
-    folder = measure.results_folder(options.out, options.dry_run) / measure.machine_name(options.device)
-    measure.write_json(folder / f"{options.name}.json", record_)
+    record_ = measure.write_record(
+        measure.results_folder(options.out, options.dry_run),
+        options.device,
+        name=options.name,
+        command=measure.command_line("benchmarks.solver", arguments),
+        dry_run=options.dry_run,
+        machine=watch.entries(2.0),
+        environment=measure.environment(options.commit),
+        settings={"torch_threads": torch.get_num_threads(), "rounds": options.rounds},
+        cases=entries,
+        left_out=left_out,
+    )
     if not record_["idle"]:
         report("NOT IDLE: " + "; ".join(record_["not_idle_because"]))
     return 0
