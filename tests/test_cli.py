@@ -316,8 +316,15 @@ def test_ctrl_c_on_a_real_run(tiny_checkpoint, tmp_path):
     arguments = command(
         "sample", tiny_checkpoint, "-n", 100_000, "--batch-size", 2, "--out", out, "--individual", "--npz"
     )
-    # In a process group of its own: the interrupt must reach this process alone.
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # In a process group of its own: the interrupt must reach this process alone. What runs in the background of a
+    # shell ignores interrupts, and so would its children.
+    process = subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         deadline = time.monotonic() + 120
         while not (out / "00003.png").exists() and process.poll() is None and time.monotonic() < deadline:
