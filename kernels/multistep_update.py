@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lsgm_fast.kernels._channelwise import forward_block
 from lsgm_fast.kernels._common import (
     AotSpec,
     alignment,
@@ -143,11 +144,6 @@ def float64_bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-def block_size(size: int) -> int:
-    """Elements per program for groups of ``size`` elements: the largest that leaves at most 1/8 of the lanes idle."""
-    return next((b for b in (1024, 512) if triton.cdiv(size, b) * b * 7 <= size * 8), 256)
-
-
 def plan(
     samples: int, channels: int, space: int, channels_inner: bool, kinds: Sequence[int], by_sample: bool
 ) -> tuple[tuple[int, ...], dict[str, int], dict[str, Any]]:
@@ -161,7 +157,7 @@ def plan(
         samples, size = 1, samples * size
     inner = size if not by_channel else channels if channels_inner else space
     group, align = alignment(inner), alignment(size)
-    block = block_size(size)
+    block = forward_block(size)
     blocks = triton.cdiv(size, block)
     sizes = {"inner_groups": inner // group, "group_units": size // align, "blocks": blocks}
     options = {

@@ -97,8 +97,8 @@ def source_hash(op: str) -> str | None:
     is one, else as recorded when the libraries were built; None where neither knows the operation.
     """
     root = _PACKAGE.parent
-    recorded = (build_record() or {}).get("sources", {})
     in_tree = (root / "csrc").is_dir()
+    recorded = {} if in_tree else (build_record() or {}).get("sources", {})
     stem = op
     while stem:
         found = hash_sources(root, stem) if in_tree else recorded.get(stem)

@@ -151,7 +151,7 @@ def refuses_what_it_would_misread() -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     "64-bit indices": wide_index,
-    "small blocks": forced(block_size=lambda size: 32),
+    "small blocks": forced(forward_block=lambda size: 32),
     "empty": empty,
     "numbers": numbers,
     "strided factors": strided_factors,

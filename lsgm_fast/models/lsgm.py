@@ -25,6 +25,7 @@ from lsgm_fast.sampling import (
     ScoreTerm,
     Solution,
     natural_grid,
+    resolve_solver,
     sample_ancestral,
     solve_exponential,
     solve_ode,
@@ -237,7 +238,7 @@ class LSGM(nn.Module):
                 raise ValueError(
                     f"tol={tol} and evaluations={evaluations} exclude each other: give a tolerance or a budget"
                 )
-            solver = "rk45" if evaluations is None else "exponential"
+            solver = resolve_solver(solver) if evaluations is None else "exponential"
         if evaluations is not None and solver not in FIXED_BUDGET:
             raise ValueError(
                 f"evaluations={evaluations} needs a solver with a fixed budget, "

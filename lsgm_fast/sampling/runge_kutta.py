@@ -187,9 +187,7 @@ def _rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / x.numel() ** 0.5
 
 
-def _initial_step(
-    stages: _Stages, t: float, t_end: float, rtol: float, atol: float, error_order: int
-) -> float:
+def _initial_step(stages: _Stages, t: float, t_end: float, rtol: float, atol: float) -> float:
     """Size of the first step (Hairer, Norsett and Wanner, section II.4); takes one evaluation."""
     y, f0 = stages.y, stages.k[0]
     interval = abs(t_end - t)
@@ -212,7 +210,7 @@ def _initial_step(
     if d1 <= 1e-15 and d2 <= 1e-15:
         h1 = max(1e-6, h0 * 1e-3)
     else:
-        h1 = (0.01 / max(d1, d2)) ** (1 / (error_order + 1))
+        h1 = (0.01 / max(d1, d2)) ** (1 / (stages.tableau.error_order + 1))
     return min(100 * h0, h1, interval)
 
 
@@ -267,7 +265,7 @@ def solve_adaptive(
     started = time.perf_counter()
     stages = _Stages(drift, tableau, z1.to(state_dtype).contiguous())
     stages.evaluate(0, t_start)
-    size = _initial_step(stages, t_start, t_end, rtol, atol, tableau.error_order)
+    size = _initial_step(stages, t_start, t_end, rtol, atol)
     row = _first_control(t_start, size, t_end)
     control = torch.tensor(row, dtype=torch.float64, device=_control_device(z1))
     nodes = torch.tensor(tableau.c, dtype=torch.float64, device=control.device)

@@ -261,15 +261,21 @@ def control_extra(draw: Callable[[str], Draw]) -> Iterator[tuple[str, Call]]:
     yield "per sample, float32 norm", (block, {})
 
 
-_SHAPES = dict(LATENT_SHAPES)
 SAMPLES = {
     "rk_stage": OpSamples(
-        stage, _SHAPES, dtypes=MIXED_DTYPES, differentiable=(0, 1), extra=stage_extra, traffic=stage_traffic
+        stage,
+        LATENT_SHAPES,
+        dtypes=MIXED_DTYPES,
+        differentiable=(0, 1),
+        extra=stage_extra,
+        traffic=stage_traffic,
     ),
-    "rk_finish": OpSamples(finish, _SHAPES, dtypes=MIXED_DTYPES, extra=finish_extra, traffic=finish_traffic),
+    "rk_finish": OpSamples(
+        finish, LATENT_SHAPES, dtypes=MIXED_DTYPES, extra=finish_extra, traffic=finish_traffic
+    ),
     "rk_drift_stage": OpSamples(
         drift_stage,
-        _SHAPES,
+        LATENT_SHAPES,
         dtypes=DRIFT_DTYPES,
         mutates=(1, 7),
         extra=drift_stage_extra,
@@ -277,7 +283,7 @@ SAMPLES = {
     ),
     "rk_drift_finish": OpSamples(
         drift_finish,
-        _SHAPES,
+        LATENT_SHAPES,
         dtypes=DRIFT_DTYPES,
         mutates=(1, 7),
         extra=drift_finish_extra,
