@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="accuracy", help="of the record")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="mark the record as a trial")
-    parser.add_argument("--commit", help="where there is no git history")
+    parser.add_argument("--commit", help="in place of what git says")
     options = parser.parse_args(arguments)
     if options.batch < 1 or options.sets < 1:
         parser.error(f"--batch and --sets must be at least 1, got {options.batch} and {options.sets}")

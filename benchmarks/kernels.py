@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budget", type=float, default=420.0, help="seconds")
     parser.add_argument("--dry-run", action="store_true", help="mark the record as a trial")
-    parser.add_argument("--commit", help="commit to record where there is no git history")
+    parser.add_argument("--commit", help="commit to record in place of what git says")
     parser.add_argument(
         "--one", nargs=2, metavar=("OP", "BACKEND"), help="run one kernel only, write nothing"
     )

@@ -515,8 +515,9 @@ def _platform() -> str:
 def environment(stated_commit: str | None = None) -> dict[str, Any]:
     """Hardware, versions and commit, with nothing that names a person, a host or a folder.
 
-    ``stated_commit`` is recorded where the folder has no git history (a copy of the files on another machine).
-    Where neither is known, ``commit`` is None; ``source_sha256`` identifies the code in every case.
+    ``stated_commit`` is recorded in place of what git says: for a copy of the files on another machine, which may have
+    no history or an older one. Where neither is known, ``sha`` is None; ``source_sha256`` identifies the code in every
+    case.
     """
     import torch
 
@@ -524,7 +525,7 @@ def environment(stated_commit: str | None = None) -> dict[str, Any]:
     from lsgm_fast import info
 
     report = info.collect()
-    commit = _git("rev-parse", "HEAD")
+    commit = None if stated_commit else _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results") if commit else None
     return {
         "hardware": {
@@ -545,8 +546,8 @@ def environment(stated_commit: str | None = None) -> dict[str, Any]:
         },
         "platform": _platform(),
         "commit": {
-            "sha": commit or stated_commit,
-            "source": "git" if commit else "stated by the caller" if stated_commit else "unknown",
+            "sha": stated_commit or commit,
+            "source": "stated by the caller" if stated_commit else "git" if commit else "unknown",
             "dirty": None if status is None else bool(status),
             "source_sha256": source_hash(),
         },

@@ -27,12 +27,15 @@ GB/s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import itertools
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -507,6 +510,26 @@ def default_ops() -> list[str]:
     return [name for name, op in sorted(REGISTRY.items()) if len(op.backends()) > 1]
 
 
+def _rehearse(cases: Sequence[Case], plan: Plan) -> None:
+    for case in cases:
+        if plan.budget.remaining() > 0:
+            with contextlib.suppress(OutOfTime):
+                time_case(case, plan, (lambda: 1.0, 1))
+
+
+def rehearse(cases: Sequence[Case], plan: Plan, processes: int) -> None:
+    """Run every case briefly in parallel processes, whose compilers leave their results in the caches on disk.
+
+    What they time is thrown away. On a machine that is lent by the minute, most of a first run is compilation, one
+    case after the other; after this it is timing.
+    """
+    brief = replace(plan, rounds=measure.FEWEST_FOR_QUANTILES, min_time=1e-5)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for future in [pool.submit(_rehearse, cases[i::processes], brief) for i in range(processes)]:
+            future.result()
+
+
 def benchmark(
     cases: Sequence[Case],
     *,
@@ -537,8 +560,9 @@ def benchmark(
             plan.budget.check()
             entry = time_case(case, plan, copy)
         except OutOfTime as error:
+            if not left_out:
+                report(f"{case}: left out, {error}; so are the cases after it")
             left_out.append(str(case))
-            report(f"{case}: left out, {error}")
             continue
         entries.append(entry)
         report(f"{case}: {describe(entry)}")
@@ -666,9 +690,16 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--no-compile", action="store_true", help="leave torch.compile of the reference out")
     made.add_argument("--hot", action="store_true", help="one copy of the inputs, which stays in the cache")
+    made.add_argument(
+        "--rehearse",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first run every case in N processes, to fill caches",
+    )
     made.add_argument("--force", action="store_true", help="time a busy machine; the record says so")
     made.add_argument("--dry-run", action="store_true", help="mark the record as a trial")
-    made.add_argument("--commit", help="commit to record where there is no git history")
+    made.add_argument("--commit", help="commit to record in place of what git says")
     return made
 
 
@@ -731,17 +762,20 @@ def run(options: argparse.Namespace, command: str, *, quiet: bool = False) -> tu
         quick=options.quick,
         crossover=options.crossover,
     )
+    plan = Plan(
+        Budget(options.budget),
+        rounds=options.rounds,
+        min_time=options.min_time,
+        compile=not options.no_compile,
+        hot=options.hot,
+        device=options.device,
+    )
+    if options.rehearse:
+        rehearse(cases, plan, options.rehearse)
     return benchmark(
         cases,
         name=options.name,
-        plan=Plan(
-            Budget(options.budget),
-            rounds=options.rounds,
-            min_time=options.min_time,
-            compile=not options.no_compile,
-            hot=options.hot,
-            device=options.device,
-        ),
+        plan=plan,
         out=measure.results_folder(options.out, options.dry_run),
         command=command,
         force=options.force,

@@ -559,7 +559,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-solved", action="store_true", help="skip solving to the recipe's tolerance")
     parser.add_argument("--force", action="store_true", help="time a busy machine; the record says so")
     parser.add_argument("--dry-run", action="store_true", help="mark the record as a trial")
-    parser.add_argument("--commit", help="commit to record where there is no git history")
+    parser.add_argument("--commit", help="commit to record in place of what git says")
     options = parser.parse_args(arguments)
     plan_budget = Budget(options.budget)
     if options.precisions is None:

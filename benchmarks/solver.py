@@ -158,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path)
     found.add_argument("--force", action="store_true", help="time on a machine that is not idle")
     found.add_argument("--dry-run", action="store_true", help="mark the figures as a trial")
-    found.add_argument("--commit", help="where there is no git history")
+    found.add_argument("--commit", help="in place of what git says")
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def record_status(
         parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
     except (OSError, ValueError, KeyError, TypeError):
         parts = {}
-    sha = measure._git("rev-parse", "HEAD") or commit
+    sha = commit or measure._git("rev-parse", "HEAD")
     parts[part] = {
         "exit_status": status,
         "seconds": seconds,
@@ -144,7 +145,11 @@ def run_tests(
 
         def stop() -> None:
             ended_by_us.set()
-            process.terminate()
+            # An interrupt, not a termination: pytest then still says what failed until now, and writes its report.
+            process.send_signal(signal.SIGINT)
+            last = threading.Timer(30.0, process.kill)
+            last.daemon = True
+            last.start()
 
         timer = threading.Timer(seconds, stop)
         timer.start()
@@ -190,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common.add_argument("--out", type=Path, default=measure.RESULTS, help="folder that holds <machine>/")
     common.add_argument("--device", default="cuda", help="cuda (default) or cpu: names the machine's folder")
     common.add_argument("--dry-run", action="store_true", help="mark the record as a trial")
-    common.add_argument("--commit", help="commit to record where there is no git history")
+    common.add_argument("--commit", help="commit to record in place of what git says")
     commands = parser.add_subparsers(dest="what", required=True)
     commands.add_parser("env", parents=[common], help="hardware, versions, commit, clocks, load")
     tests = commands.add_parser("tests", parents=[common], help="the test suite")

@@ -453,9 +453,12 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["b.json"]
 
 
-def test_commit_of_a_folder_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_that_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_git", lambda *a: "of-git")
+    stated = measure.environment("abc")["commit"]
+    assert (stated["sha"], stated["source"]) == ("abc", "stated by the caller")
+    assert measure.environment()["commit"]["sha"] == "of-git"
     monkeypatch.setattr(measure, "_git", lambda *a: None)
-    assert measure.environment("abc")["commit"]["source"] == "stated by the caller"
     unknown = measure.environment()["commit"]
     assert unknown["sha"] is None and unknown["dirty"] is None and unknown["source"] == "unknown"
 

@@ -28,7 +28,7 @@ options
   --dry-run         on the CPU, with one tiny preset a part and few repeats; the tests are only collected; figures
                     are marked as a trial
   --force           time although others use the machine; the record says so
-  --commit SHA      commit to record where the folder has no git history
+  --commit SHA      commit to record in place of what git says
   --no-solved       time the fixed number of evaluations only
   -h, --help
 
