@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import torch
 
@@ -65,27 +65,19 @@ class Impl:
     tolerance: float = 1.0
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A parsed backend specification: one default and per-operation overrides."""
+Choice: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
+"""A parsed backend specification: one default and per-operation overrides. A tuple, on whose value the TorchDynamo of
+every supported PyTorch can guard (on a class of ours 2.11 cannot)."""
 
-    default: str = "auto"
-    per_op: tuple[tuple[str, str], ...] = ()
-
-    def for_op(self, name: str) -> str:
-        for op_name, backend in self.per_op:
-            if op_name == name:
-                return backend
-        return self.default
-
-
-_AUTO = Choice()
+_AUTO: Choice = ("auto", ())
 _process_choice = _AUTO
 
 
 class _State(threading.local):
-    choice: Choice | None = None
-    log: Log | None = None
+    # Set per thread: on a class attribute behind a thread-local, PyTorch 2.11's compiler puts no guard.
+    def __init__(self) -> None:
+        self.choice: Choice | None = None
+        self.log: Log | None = None
 
 
 _state = _State()
@@ -209,9 +201,10 @@ class Op(Generic[P, R]):
         backend = kwargs.pop("backend", None)
         self._check(*args, **kwargs)
         impl = self._select(args, kwargs, backend)  # type: ignore[arg-type]
-        log = _state.log
-        if log is not None and not torch.compiler.is_compiling():
-            log.counts[self.name, impl.backend] += 1
+        if not torch.compiler.is_compiling():
+            log = _state.log
+            if log is not None:
+                log.counts[self.name, impl.backend] += 1
         return impl.fn(*args, **kwargs)
 
     def resolve(self, *args: P.args, **kwargs: P.kwargs) -> Callable[..., R]:
@@ -232,7 +225,11 @@ class Op(Generic[P, R]):
         choice = _state.choice
         if choice is None:
             choice = _process_choice
-        return choice.for_op(self.name), False
+        default, per_op = choice
+        for op_name, named in per_op:
+            if op_name == self.name:
+                return named, False
+        return default, False
 
     def _select(self, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str | None) -> Impl:
         requested, strict = self._requested(backend)
@@ -310,7 +307,7 @@ def _checked(default: str | None, per_op: dict[str, str]) -> Choice:
             raise ValueError(
                 f"{op} has no {backend!r} implementation: it has {', '.join(REGISTRY[op].backends())}"
             )
-    return Choice(default or "auto", tuple(per_op.items()))
+    return default or "auto", tuple(per_op.items())
 
 
 def set_backend(spec: str | None) -> None:

@@ -171,7 +171,7 @@ def test_rotating_copies_exceed_the_cache_and_keep_strides(program):
     [
         (["mixed_scor"], "unknown operation 'mixed_scor'"),
         (["--dtype", "float31"], "unknown dtype 'float31'"),
-        (["--batch", "0"], "greater than or equal to 1"),
+        (["--batch", "0"], "Invalid value for '--batch'"),
         (["--device", "cuda:77"], "cuda:77"),
         (["--budget", "0"], "the time budget must be a positive number"),
     ],

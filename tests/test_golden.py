@@ -54,7 +54,7 @@ def model(golden: Golden, device: torch.device) -> LSGM:
 def test_vae(golden: Golden, model: LSGM, device: torch.device, key: str, batch_stats: bool) -> None:
     io, vae = golden.io, model.vae
     x = vae.preprocess_images(io["x01"].to(device))
-    assert relative_error(*golden.recorded("x", x)) == 0.0
+    assert relative_error(*golden.recorded("x", x)) <= (0.0 if device.type == "cpu" else 5e-7)
     noise = [io[f"{key}.group{i}.noise"].to(device) for i in range(vae.num_groups)]
     with torch.no_grad():
         logits, groups = vae(x, noise, batch_stats=batch_stats)

@@ -336,14 +336,14 @@ def test_several_threads(target):
     assert not failures
 
 
-def _child(backend, args, queue):
+def _child(backend, args, queue, gradients):
     torch.set_num_threads(1)  # as in a worker of a DataLoader
     try:
-        out = ops.mixed_score(*args, backend=backend)
-        grads = testing.gradients(
-            ops.mixed_score, args, {"backend": backend}, (0, 1, 2), [torch.ones_like(args[1])]
-        )
-        queue.put([t.tolist() for t in (out, *grads)])
+        found = [ops.mixed_score(*args, backend=backend)]
+        if gradients:
+            grad = torch.ones_like(args[1])
+            found += testing.gradients(ops.mixed_score, args, {"backend": backend}, (0, 1, 2), [grad])
+        queue.put([t.tolist() for t in found])
     except BaseException as error:
         queue.put(repr(error))
 
@@ -358,9 +358,12 @@ def test_child_processes(target, method):
     queue = parent.SimpleQueue()
     # Used before the fork, so that whatever the parent has set up is inherited.
     expected = [ops.mixed_score(*args, backend=backend)]
-    grad = torch.ones_like(args[1])
-    expected += testing.gradients(ops.mixed_score, args, {"backend": backend}, (0, 1, 2), [grad])
-    process = parent.Process(target=_child, args=(backend, args, queue))
+    # PyTorch refuses to compute gradients in a fork of a process that has computed some, if it was built for CUDA.
+    gradients = method == "spawn" or torch.version.cuda is None
+    if gradients:
+        grad = torch.ones_like(args[1])
+        expected += testing.gradients(ops.mixed_score, args, {"backend": backend}, (0, 1, 2), [grad])
+    process = parent.Process(target=_child, args=(backend, args, queue, gradients))
     process.start()
     process.join(60)
     hung = process.is_alive()
@@ -470,11 +473,11 @@ def test_the_dispatcher_costs_microseconds():
     args = inputs("cpu")
     op = Op(check, reference)
     op.register(Impl("cpu", nothing, priority=1))
-    assert overhead(op, "cpu", args) < 25e-6
+    assert overhead(op, "cpu", args) < 50e-6
     # The operation's own checks and reasons, around an implementation that does nothing.
     chosen = ops.mixed_score.resolve(*args)
     for backend in ops.mixed_score.backends():
         if ops.mixed_score.impl(backend).fn is chosen and backend != "reference":
             op = Op(ops.mixed_score._check, reference)
             op.register(dataclasses.replace(ops.mixed_score.impl(backend), fn=nothing))
-            assert overhead(op, backend, args) < 25e-6
+            assert overhead(op, backend, args) < 50e-6

@@ -202,7 +202,9 @@ def rk_control(
     size = h.abs() * torch.where(accept, grow, shrink)
     start = torch.where(accept, t_next, t)
     direction = torch.sign(h)
-    smallest = 10 * (torch.nextafter(start, direction * math.inf) - start).abs()
+    # A spacing of numbers has no derivative (and nextafter none in PyTorch 2.11).
+    here = start.detach()
+    smallest = 10 * (torch.nextafter(here, direction.detach() * math.inf) - here).abs()
     too_small = ~accept & (size < smallest)
     size = torch.where(accept, torch.maximum(size, smallest), size)
     end = start + direction * size
