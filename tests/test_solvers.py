@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from host_reads import HostReads
 from scipy.integrate import solve_ivp
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsgm_fast.config import SDEConfig
 from lsgm_fast.dispatch import record
@@ -235,18 +235,6 @@ def test_empty_batch_and_empty_interval(solver):
     assert torch.equal(solve_ode(drift, z1, t_start=0.5, t_end=0.5, solver=solver).z, z1)
 
 
-class _HostReads(TorchDispatchMode):
-    """Counts the numbers that travel from the device to Python."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 def _score_term(name: str = "vpsde", parity: str = "exact") -> ScoreTerm:
     """A small nonlinear "network" on (B, 2, 3, 5) states."""
 
@@ -259,14 +247,14 @@ def _score_term(name: str = "vpsde", parity: str = "exact") -> ScoreTerm:
 
 @pytest.mark.parametrize("solver", ["rk45", "rk23"])
 def test_one_number_per_attempted_step_travels_to_the_host(solver):
-    with _HostReads() as reads:
+    with HostReads() as reads:
         got = solve_ode(_score_term("geometric_sde"), _initial(), t_end=1e-5, rtol=1e-4, solver=solver)
     assert got.rejected > 0
     assert reads.count <= got.accepted + got.rejected + 1  # a norm that chooses the first step
 
 
 def test_a_fixed_grid_reads_nothing_back():
-    with _HostReads() as reads:
+    with HostReads() as reads:
         got = solve_fixed(_score_term(), _initial(), torch.linspace(1.0, 1e-3, 20).tolist())
     assert reads.count == 0 and got.nfe == 2 * 19 and got.accepted == 19
 

@@ -4,6 +4,9 @@ With :data:`~lsgm_fast.sampling.tableaus.RK45` the adaptive driver decides like 
 tableau, initial step, step-size controller, joint error norm and clipped last step, hence the same evaluations and the
 same accepted and rejected steps. Time, step size and the decision about a step stay on the device; the host reads one
 number per attempted step, and none for a fixed grid.
+
+With ``control="per_sample"`` every sample of a batch has its own time, step size, error norm and decision, and leaves
+the batch when it arrives; the host then reads one number per sample and attempted step, in one transfer.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -39,16 +43,15 @@ _T, _H, _T_NEXT, _, _SIGNAL, _ACCEPTED, _REJECTED, _NORM = range(len(CONTROL_FIE
 
 
 class _Times:
-    """The times of a step's stages: on the device, and where a drift wants numbers, on the host."""
+    """The times of a step's stages, (S,) or (S, B): on the device, and where a drift wants numbers, on the host."""
 
     def __init__(self, tensor: Tensor, numbers: Sequence[float] | None = None) -> None:
         self.tensor = tensor
         self._numbers = numbers
         self._coefficients: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def at(self, stage: int) -> float:
-        assert self._numbers is not None
-        return self._numbers[stage]
+    def at(self, stage: int) -> float | Tensor:
+        return self.tensor[stage] if self._numbers is None else self._numbers[stage]
 
     def coefficients(self, term: ScoreTerm) -> tuple[Tensor, Tensor, Tensor]:
         """(p, q, r) of all stages, evaluated at once."""
@@ -74,7 +77,7 @@ class _Stages:
         self._turned = False
         last = tableau.stages - 1
         straight = list(range(tableau.stages))
-        turned = [last, *straight[1:-1], 0]
+        turned = [last, *straight[1:-1], 0] if tableau.reuses_last else straight
         self._orders = (straight, turned)
         self._rows = tuple(
             {name: [_placed(row, order) for row in rows] for name, rows in _rows(tableau).items()}
@@ -96,13 +99,18 @@ class _Stages:
     def _end(self, name: str) -> list[float]:
         return self._rows[self._turned][name][0]
 
-    def evaluate(self, stage: int, t: float) -> None:
+    def derivative(self, t: float | Tensor, z: Tensor) -> Tensor:
+        """The drift at z; of the drifts only a ``ScoreTerm`` is ever given a tensor of times."""
+        return self.calls.evaluate(cast("float", t), z)
+
+    def evaluate(self, stage: int, t: float | Tensor) -> None:
         """The derivative at ``z``, stored as ``stage``."""
-        self.k[self.slot(stage)].copy_(self.calls.evaluate(t, self.z))
+        self.k[self.slot(stage)].copy_(self.derivative(t, self.z))
 
     def begin(self, h: Tensor) -> None:
-        """The state of the second stage, from the first."""
-        self.z = ops.rk_stage(self.y, self.k, self.row(1), h)
+        """The state of the second stage, from the first; where there is no second, the solution."""
+        row = self.row(1) if self.tableau.stages > 1 else self._end("b")
+        self.z = ops.rk_stage(self.y, self.k, row, h)
 
     def middle(self, stage: int, times: _Times, h: Tensor) -> None:
         """A stage's derivative and the state of the next one."""
@@ -120,16 +128,25 @@ class _Stages:
             eps, parts = self._parts(stage, times)
             ops.rk_drift_stage(eps, self.z, *parts, self.y, self.k, self.slot(stage), row, h)
 
-    def finish(self, times: _Times, h: Tensor, rtol: float, atol: float) -> Tensor:
-        """The last stage's derivative, the solution in ``z``, and the norm of its error."""
+    def finish(self, times: _Times, h: Tensor, rtol: float, atol: float, per_sample: bool = False) -> Tensor:
+        """The last stage's derivative, the solution in ``z``, and the norm of its error, or that of each sample."""
         stage = self.tableau.stages - 1
         b, e = self._end("b"), self._end("e")
         if self.term is None:
             self.evaluate(stage, times.at(stage))
-            self.z, norm = ops.rk_finish(self.y, self.k, b, e, h, rtol, atol)
+            self.z, norm = ops.rk_finish(self.y, self.k, b, e, h, rtol, atol, per_sample)
+        else:
+            eps, parts = self._parts(stage, times)
+            slot = self.slot(stage)
+            norm = ops.rk_drift_finish(
+                eps, self.z, *parts, self.y, self.k, slot, b, e, h, rtol, atol, per_sample
+            )
+        if not self.tableau.e_low:
             return norm
-        eps, parts = self._parts(stage, times)
-        return ops.rk_drift_finish(eps, self.z, *parts, self.y, self.k, self.slot(stage), b, e, h, rtol, atol)
+        _, low = ops.rk_finish(self.y, self.k, b, self._end("e_low"), h, rtol, atol, per_sample)
+        # 0 / 0 where the derivatives vanish: no error.
+        both = norm * (norm / torch.hypot(norm, 0.1 * low))
+        return torch.where((norm == 0) & (low == 0), norm, both)
 
     def _parts(
         self, stage: int, times: _Times
@@ -140,7 +157,7 @@ class _Stages:
         p, q, r = times.coefficients(self.term)
         return eps, (self.term.mixing_logit, p[stage], q[stage], r[stage])
 
-    def restart(self, t: float) -> None:
+    def restart(self, t: float | Tensor) -> None:
         """The first stage, evaluated anew."""
         self.z = self.y
         self.evaluate(0, t)
@@ -155,15 +172,30 @@ class _Stages:
         if self.tableau.reuses_last:
             self._turned = not self._turned
 
-    def states(self, h: float) -> list[Tensor]:
-        """The states at which the stages of the last attempt were evaluated, to find out what went wrong."""
-        return [self.y] + [
-            ops.rk_stage(self.y, self.k, self.row(i), h) for i in range(1, self.tableau.stages)
-        ]
+    def accept_where(self, accepted: Tensor) -> None:
+        """Of the samples that ``accepted`` (B,) marks, go on from the solution; of the others from where they were."""
+        mask = accepted.reshape(-1, *(1,) * (self.y.dim() - 1))
+        self.y = torch.where(mask, self.z, self.y)
+        if self.tableau.reuses_last:
+            # The samples differ, so that the stages cannot exchange their places.
+            self.k[0] = torch.where(mask, self.k[self.tableau.stages - 1], self.k[0])
+
+    def keep(self, samples: Tensor) -> None:
+        """Go on with these samples of the batch alone, (B',) int64. Of the stages only the first one is needed."""
+        first = self.k[0].index_select(0, samples)
+        self.y = self.y.index_select(0, samples)
+        self.k = torch.empty((self.tableau.stages, *self.y.shape), dtype=first.dtype, device=first.device)
+        self.k[0] = first
+        self.calls.shape = self.y.shape
+
+    def states(self, h: float, part: slice) -> list[Tensor]:
+        """The states of some samples at the stages of the last attempt, to find out what went wrong."""
+        y, k = self.y[part], self.k[:, part]
+        return [y] + [ops.rk_stage(y, k, self.row(i), h) for i in range(1, self.tableau.stages)]
 
 
 def _rows(tableau: Tableau) -> dict[str, Sequence[Sequence[float]]]:
-    return {"a": tableau.a, "b": [tableau.b], "e": [tableau.e]}
+    return {"a": tableau.a, "b": [tableau.b], "e": [tableau.e], "e_low": [tableau.e_low]}
 
 
 def _placed(row: Sequence[float], order: Sequence[int]) -> list[float]:
@@ -214,6 +246,43 @@ def _initial_step(stages: _Stages, t: float, t_end: float, rtol: float, atol: fl
     return min(100 * h0, h1, interval)
 
 
+def _initial_steps(stages: _Stages, t: float, t_end: float, rtol: float, atol: float) -> Tensor:
+    """``_initial_step`` of every sample by itself, (B,) float64, on the device; takes one evaluation."""
+    y, f0 = stages.y, stages.k[0]
+    device = _control_device(y)
+    interval = abs(t_end - t)
+    direction = math.copysign(1.0, t_end - t)
+    scale = atol + y.abs() * rtol
+
+    def rms(x: Tensor) -> Tensor:
+        per_sample = x.flatten(1)
+        norm = torch.linalg.vector_norm(per_sample, dim=1) / per_sample.shape[1] ** 0.5
+        return norm.to(device, torch.float64)
+
+    d0, d1 = rms(y / scale), rms(f0 / scale)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).clamp(max=interval)
+    probe = t + h0 * direction
+    f1 = stages.derivative(probe, ops.rk_stage(y, f0[None], (1.0,), h0 * direction)).to(y.dtype)
+    d2 = rms((f1 - f0) / scale) / h0
+    # The one transfer before the first step: what is not finite must be named.
+    for sample, values in enumerate(torch.stack([d0, d1, d2, probe], dim=1).tolist()):
+        if not (math.isfinite(values[0]) and math.isfinite(values[1])):
+            bad_state = not bool(torch.isfinite(y[sample]).all())
+            where = "the initial state" if bad_state else "the drift's first evaluation"
+            raise NonFiniteError(
+                f"{where} of sample {sample} (step 0, stage 1) holds NaN or infinity, or overflows, at t = {t!r}"
+            )
+        if not math.isfinite(values[2]):
+            raise NonFiniteError(
+                f"the drift's second evaluation of sample {sample} (step 0, stage 2, which chooses the first step "
+                f"size) holds NaN or infinity, or overflows, at t = {values[3]!r}"
+            )
+    still = (d1 <= 1e-15) & (d2 <= 1e-15)
+    power = (0.01 / torch.maximum(d1, d2)) ** (1 / (stages.tableau.error_order + 1))
+    h1 = torch.where(still, (h0 * 1e-3).clamp(min=1e-6), power)
+    return torch.minimum(100 * h0, h1).clamp(max=interval)
+
+
 def _first_control(t: float, size: float, t_end: float) -> list[float]:
     direction = math.copysign(1.0, t_end - t)
     size = max(size, 10 * abs(math.nextafter(t, direction * math.inf) - t))
@@ -223,17 +292,51 @@ def _first_control(t: float, size: float, t_end: float) -> list[float]:
     return [t, t_next - t, t_next, 0.0, t, 0.0, 0.0, 0.0]
 
 
-def _raise_if_stage_not_finite(stages: _Stages, t: float, t_next: float, step: int) -> None:
-    """Raise for the first stage of a step that is not finite; return where all are (the norm overflowed)."""
+def _record(before: Sequence[float], after: Sequence[float]) -> StepRecord:
+    """The attempt between two blocks of control."""
+    return StepRecord(
+        t=before[_T],
+        h=before[_H],
+        error_norm=after[_NORM],
+        accepted=after[_ACCEPTED] > before[_ACCEPTED],
+    )
+
+
+def _raise_if_stage_not_finite(
+    stages: _Stages, t: float, t_next: float, step: int, part: slice = slice(None), whose: str = ""
+) -> None:
+    """Raise for the first stage of a step that is not finite; return where all are (the norm overflowed).
+
+    ``part`` of the batch is looked at; ``whose`` names it in the message.
+    """
     h = t_next - t
     times = _stage_times(stages.tableau, t, t_next)
-    for stage, state in enumerate(stages.states(h)):
-        if bool(torch.isfinite(stages.k[stages.slot(stage)]).all()):
+    for stage, state in enumerate(stages.states(h, part)):
+        if bool(torch.isfinite(stages.k[stages.slot(stage)][part]).all()):
             continue
         origin = "drift" if bool(torch.isfinite(state).all()) else "solver's state overflowed, so the drift"
         raise NonFiniteError(
-            f"NaN or infinity in step {step}, stage {stage + 1} of {stages.tableau.stages}, at t = {times[stage]!r}: "
-            f"the {origin} returned a value that is not finite (step from t = {t!r}, h = {h!r})"
+            f"NaN or infinity in step {step}{whose}, stage {stage + 1} of {stages.tableau.stages}, at "
+            f"t = {times[stage]!r}: the {origin} returned a value that is not finite (step from t = {t!r}, h = {h!r})"
+        )
+
+
+def _raise_if_too_small(
+    name: str,
+    t: float,
+    t_end: float,
+    h: float,
+    attempt: str,
+    rtol: float,
+    atol: float,
+    state_dtype: torch.dtype,
+) -> None:
+    """Raise where the next attempt, of size h, would be smaller than ten spacings of numbers at t."""
+    if abs(h) < 10 * abs(math.nextafter(t, t_end) - t):
+        raise SolverError(
+            f"{name} needs a step smaller than the spacing of numbers at t = {t!r} ({attempt}, "
+            f"h = {h:.3g}): the drift is discontinuous or too stiff there, or rtol = {rtol} and "
+            f"atol = {atol} ask for more digits than {state_dtype} has; raise the tolerances or stop earlier"
         )
 
 
@@ -249,8 +352,47 @@ def solve_adaptive(
     state_dtype: torch.dtype,
     callback: Callback | None,
     max_steps: int,
+    control: str = "joint",
 ) -> Solution:
     """Integrate with an embedded pair and SciPy's step control; see ``solve_ode``.
+
+    Raises ValueError for a tableau without an error estimate, and where ``control="per_sample"`` meets a drift that
+    is no ``ScoreTerm``.
+    """
+    if not tableau.e:
+        raise ValueError(
+            f"{tableau.name} has no error estimate to choose steps by: use a tableau with one (RK45, RK23, DOP853 or "
+            "HEUN), or solve_fixed with given times"
+        )
+    if rtol < SMALLEST_RTOL:
+        warnings.warn(f"rtol = {rtol} is too small for float64: using {SMALLEST_RTOL}", stacklevel=4)
+        rtol = SMALLEST_RTOL
+    if control == "joint":
+        solve = _solve_joint
+    elif isinstance(drift, ScoreTerm):
+        solve = _solve_per_sample
+    else:
+        raise ValueError(
+            f'control="per_sample" evaluates the samples at times of their own, which a drift(t, z) of one number t '
+            f"cannot: got {type(drift).__name__}, expected a ScoreTerm (its network takes one time per sample); pass "
+            'one, or use control="joint"'
+        )
+    return solve(drift, z1, tableau, t_start, t_end, rtol, atol, state_dtype, callback, max_steps)
+
+
+def _solve_joint(
+    drift: Drift,
+    z1: Tensor,
+    tableau: Tableau,
+    t_start: float,
+    t_end: float,
+    rtol: float,
+    atol: float,
+    state_dtype: torch.dtype,
+    callback: Callback | None,
+    max_steps: int,
+) -> Solution:
+    """One time, step size, error norm and decision for the whole batch.
 
     Takes 2 evaluations and ``tableau.stages - 1`` for each attempted step (and, where the last stage is not reused,
     one for each step that follows an accepted one).
@@ -259,9 +401,6 @@ def solve_adaptive(
     the step and tries smaller ones until it gives up.
     """
     name = tableau.name.lower()
-    if rtol < SMALLEST_RTOL:
-        warnings.warn(f"rtol = {rtol} is too small for float64: using {SMALLEST_RTOL}", stacklevel=4)
-        rtol = SMALLEST_RTOL
     started = time.perf_counter()
     stages = _Stages(drift, tableau, z1.to(state_dtype).contiguous())
     stages.evaluate(0, t_start)
@@ -300,12 +439,7 @@ def solve_adaptive(
             before, after = controls[-2].tolist(), control.tolist()
             if math.isnan(signal):
                 _raise_if_stage_not_finite(stages, t, before[_T_NEXT], attempt)
-            if abs(after[_H]) < 10 * abs(math.nextafter(t, t_end) - t):
-                raise SolverError(
-                    f"{name} needs a step smaller than the spacing of numbers at t = {t!r} (step {attempt}, "
-                    f"h = {after[_H]:.3g}): the drift is discontinuous or too stiff there, or rtol = {rtol} and "
-                    f"atol = {atol} ask for more digits than {state_dtype} has; raise the tolerances or stop earlier"
-                )
+            _raise_if_too_small(name, t, t_end, after[_H], f"step {attempt}", rtol, atol, state_dtype)
             signal = t  # the norm overflowed, the stages did not: a rejected step
         accepted = signal != t
         if accepted:
@@ -315,15 +449,7 @@ def solve_adaptive(
             callback(Progress(fraction=(t - t_start) / (t_end - t_start), t=t, nfe=stages.nfe))
 
     rows = torch.stack(controls).tolist()
-    steps = [
-        StepRecord(
-            t=before[_T],
-            h=before[_H],
-            error_norm=after[_NORM],
-            accepted=after[_ACCEPTED] > before[_ACCEPTED],
-        )
-        for before, after in pairwise(rows)
-    ]
+    steps = [_record(before, after) for before, after in pairwise(rows)]
     return Solution(
         z=stages.y.to(z1.dtype),
         nfe=stages.nfe,
@@ -332,6 +458,125 @@ def solve_adaptive(
         seconds=time.perf_counter() - started,
         steps=steps,
     )
+
+
+def _solve_per_sample(
+    drift: Drift,
+    z1: Tensor,
+    tableau: Tableau,
+    t_start: float,
+    t_end: float,
+    rtol: float,
+    atol: float,
+    state_dtype: torch.dtype,
+    callback: Callback | None,
+    max_steps: int,
+) -> Solution:
+    """Every sample with its own time, step size, error norm and decision; those that arrive leave the batch.
+
+    All that are under way attempt their next step together, so the network is called as often as the sample with the
+    most attempts needs. Where the last stage is not reused, the first one is evaluated anew, for all, after an attempt
+    that was accepted for any.
+    """
+    name = tableau.name.lower()
+    started = time.perf_counter()
+    stages = _Stages(drift, tableau, z1.to(state_dtype).contiguous())
+    stages.evaluate(0, t_start)
+    sizes = _initial_steps(stages, t_start, t_end, rtol, atol)
+    control = _first_controls(t_start, sizes, t_end)
+    nodes = torch.tensor(tableau.c, dtype=torch.float64, device=control.device)[:, None]
+    exponent = -1 / (tableau.error_order + 1)
+
+    result = torch.empty_like(stages.y)
+    samples = list(range(len(z1)))  # where those under way lie in z1
+    places = torch.arange(len(z1), device=z1.device)
+    reached = [t_start] * len(z1)
+    attempts: list[tuple[list[int], Tensor, Tensor]] = []
+    any_accepted = False
+    while samples:
+        if len(attempts) == max_steps:
+            behind = _furthest(reached, t_end)
+            raise SolverError(
+                f"{name} attempted max_steps = {max_steps} steps of each sample, and sample {samples[behind]} reached "
+                f"t = {reached[behind]!r} of {t_end!r} ({len(samples)} of {len(z1)} did not arrive): raise the "
+                "tolerances or max_steps"
+            )
+        times = _Times(torch.lerp(control[:, _T], control[:, _T_NEXT], nodes))
+        h = control[:, _H]
+        if any_accepted and not tableau.reuses_last:
+            stages.restart(control[:, _T])
+        stages.begin(h)
+        for stage in range(1, tableau.stages - 1):
+            stages.middle(stage, times, h)
+        norm = stages.finish(times, h, rtol, atol, per_sample=True).to(control.device)
+        before, control = control, ops.rk_control(control, norm, t_end, exponent)
+        attempts.append((samples, before, control))
+        # The one transfer that the host waits for: a number per sample.
+        signals = control[:, _SIGNAL].tolist()
+        for i, signal in enumerate(signals):
+            if math.isfinite(signal):
+                continue
+            t, sample = reached[i], samples[i]
+            if math.isnan(signal):
+                t_next = float(before[i, _T_NEXT])
+                part = slice(i, i + 1)
+                _raise_if_stage_not_finite(stages, t, t_next, len(attempts), part, f" of sample {sample}")
+            attempt = f"sample {sample}, step {len(attempts)}"
+            _raise_if_too_small(name, t, t_end, float(control[i, _H]), attempt, rtol, atol, state_dtype)
+            signals[i] = t  # the norm overflowed, the stages did not: a rejected step
+        stages.accept_where((control[:, _ACCEPTED] > before[:, _ACCEPTED]).to(z1.device))
+        any_accepted = signals != reached
+        reached = signals
+        under_way = [i for i, t in enumerate(reached) if t != t_end]
+        if len(under_way) < len(samples):
+            result.index_copy_(0, places, stages.y)
+            kept = torch.tensor(under_way, dtype=torch.int64, device=z1.device)
+            stages.keep(kept)
+            places = places.index_select(0, kept)
+            control = control.index_select(0, kept.to(control.device))
+            samples = [samples[i] for i in under_way]
+            reached = [reached[i] for i in under_way]
+        if callback is not None:
+            t = reached[_furthest(reached, t_end)] if reached else t_end
+            callback(Progress(fraction=(t - t_start) / (t_end - t_start), t=t, nfe=stages.nfe))
+
+    steps = _per_sample_steps(len(z1), attempts)
+    accepted = sum(step.accepted for step in steps)
+    return Solution(
+        z=result.to(z1.dtype),
+        nfe=stages.nfe,
+        accepted=accepted,
+        rejected=len(steps) - accepted,
+        seconds=time.perf_counter() - started,
+        steps=steps,
+    )
+
+
+def _first_controls(t: float, sizes: Tensor, t_end: float) -> Tensor:
+    """``_first_control`` of every sample, (B, 8), from the sizes of their first steps, on their device."""
+    direction = math.copysign(1.0, t_end - t)
+    t_next = t + direction * sizes.clamp(min=10 * abs(math.nextafter(t, direction * math.inf) - t))
+    t_next = torch.where(direction * (t_next - t_end) > 0, t_end, t_next)
+    control = torch.zeros((len(sizes), len(CONTROL_FIELDS)), dtype=torch.float64, device=sizes.device)
+    control[:, _T] = control[:, _SIGNAL] = t
+    control[:, _H] = t_next - t
+    control[:, _T_NEXT] = t_next
+    return control
+
+
+def _furthest(reached: Sequence[float], t_end: float) -> int:
+    """The one of the times that is furthest from the end."""
+    return max(range(len(reached)), key=lambda i: abs(reached[i] - t_end))
+
+
+def _per_sample_steps(batch: int, attempts: Sequence[tuple[list[int], Tensor, Tensor]]) -> list[StepRecord]:
+    """The records of each sample's attempts, one sample after another; one transfer."""
+    steps: list[list[StepRecord]] = [[] for _ in range(batch)]
+    blocks = [torch.cat(controls).tolist() for controls in list(zip(*attempts, strict=True))[1:]]
+    samples = [sample for attempt in attempts for sample in attempt[0]]
+    for sample, before, after in zip(samples, *blocks, strict=True):
+        steps[sample].append(_record(before, after))
+    return [step for records in steps for step in records]
 
 
 @torch.no_grad()
@@ -349,7 +594,8 @@ def solve_fixed(
     Args:
         drift: as for ``solve_ode``; a :class:`ScoreTerm` is combined by the solver itself.
         z1: state at ``times[0]``, (B, ...). times: at least two, all different from their neighbours.
-        tableau: the method; its embedded solution is not used. RK45 takes 6 evaluations a step, RK23 3, Heun 2.
+        tableau: the method; its embedded solution, if it has one, is not used. A step takes ``len(tableau.b)``
+            evaluations: Euler 1, Heun 2, RK23 3, RK4 4, RK45 6, DOP853 12.
         state_dtype: float32 or float64. callback: called with a ``Progress`` after every step.
 
     Returns:
@@ -376,7 +622,8 @@ def solve_fixed(
         stages.begin(sizes[i])
         for stage in range(1, last):
             stages.middle(stage, step, sizes[i])
-        stages.solution(last, step, sizes[i])
+        if last > 0:
+            stages.solution(last, step, sizes[i])
         stages.advance()
         finite[i] = torch.isfinite(stages.y).all()
         if callback is not None:

@@ -17,6 +17,10 @@ Drift: TypeAlias = Callable[[float, Tensor], Tensor]
 """``drift(t, z) -> dz/dt`` of z's shape, in any floating-point dtype."""
 
 
+CONTROLS = ("joint", "per_sample")
+"""Step control of adaptive solvers: one step size for the batch, or one for each sample."""
+
+
 class SolverError(RuntimeError):
     """A solver could not reach the end of the interval (step size too small, or too many steps)."""
 
@@ -100,6 +104,15 @@ def checked_times(times: Sequence[float]) -> list[float]:
     if len(times) < 2 or not all(map(math.isfinite, times)) or any(a == b for a, b in pairwise(times)):
         raise ValueError(f"times must be at least two finite numbers, each other than the next, got {times}")
     return times
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raise ``ValueError`` for tolerances that are negative, not finite or both 0."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if rtol == 0 and atol == 0:
+        raise ValueError("rtol and atol are both 0: give at least one of them a positive value")
 
 
 def fixed_steps(times: Sequence[float]) -> list[StepRecord]:
