@@ -1,4 +1,4 @@
-"""Exponential Adams-Bashforth steps for the mixed score's ODE."""
+"""Adaptive exponential steps for the mixed score's ODE, and ``solver="auto"``."""
 
 from __future__ import annotations
 
@@ -7,181 +7,169 @@ from itertools import pairwise
 
 import pytest
 import torch
-from scipy.integrate import quad
+from gaussian import LOGIT, SDES, T_END, draw, flow, gaussian_term, variance
 
 import lsgm_fast
-from lsgm_fast.config import SDEConfig
-from lsgm_fast.dispatch import record, use_backend
+from lsgm_fast.dispatch import record
 from lsgm_fast.errors import NonFiniteError
-from lsgm_fast.sampling import ScoreTerm, natural_grid, solve_exponential, solve_ode
-from lsgm_fast.sampling.exponential import MAX_ORDER, coefficients
-from lsgm_fast.sde import SDE, build_sde
-
-SDES = {
-    "vpsde": SDEConfig(),
-    "vpsde with variance": SDEConfig(sigma2_0=1e-3),
-    "geometric_sde": SDEConfig(name="geometric_sde", sigma2_0=3e-5, sigma2_min=3e-5),
-    "sub_vpsde": SDEConfig(name="sub_vpsde"),
-    "vesde": SDEConfig(name="vesde", sigma2_0=1e-2, sigma2_min=1e-2, sigma2_max=100.0),
-}
-LOGIT = torch.tensor([-3.0, 0.0, 2.0], dtype=torch.float64).reshape(1, 3, 1, 1)
-DATA_VARIANCE = 0.3
-T_END = 0.05
+from lsgm_fast.sampling import ScoreTerm, SolverError, solve_exponential, solve_ode
+from lsgm_fast.sampling.automatic import choose, equivalent_tolerance
+from lsgm_fast.sde import build_sde
 
 
-def _noise(sde: SDE, batch: int = 2) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return sde.prior_std * torch.randn(batch, 3, 2, 5, generator=generator, dtype=torch.float64)
+def error(z, exact):
+    return float((z - exact).norm() / exact.norm())
 
 
-def _variance(sde: SDE, t: torch.Tensor | float) -> torch.Tensor:
-    return sde.mean_coef(t).square() * DATA_VARIANCE + sde.var(t)
-
-
-def _gaussian(sde: SDE) -> ScoreTerm:
-    """Data N(0, DATA_VARIANCE): the network that makes the mixed prediction exact for every channel."""
-    a = torch.sigmoid(LOGIT)
+def switching(sde):
+    """A network that changes fast for the samples of large mean, so that their steps are their own."""
 
     def predict(z, t):
-        t = t.to(torch.float64).reshape(-1, 1, 1, 1)
-        exact = sde.var(t).sqrt() / _variance(sde, t) * z
-        return (exact - (1 - a) * sde.mixed_r(t) * z) / a
+        t = t.to(z.dtype).reshape(-1, 1, 1, 1)
+        return torch.sin(12.0 * t * z.flatten(1).mean(1).reshape(-1, 1, 1, 1)) * z
 
     return ScoreTerm(predict, sde, LOGIT)
 
 
-@pytest.mark.parametrize("order", range(1, MAX_ORDER + 1))
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", SDES)
-def test_order_of_convergence_on_gaussian_data(name, order):
-    """z(t) is proportional to the standard deviation at t, in closed form."""
+def test_the_error_follows_the_tolerance(name, order, control):
     sde = build_sde(SDES[name])
-    z1 = _noise(sde)
-    exact = z1 * (_variance(sde, T_END) / _variance(sde, 1.0)).sqrt()
-    errors = []
-    for steps in (64, 128, 256):
-        got = solve_exponential(_gaussian(sde), z1, natural_grid(sde, steps, 1.0, T_END), order=order)
-        assert got.nfe == got.accepted == steps
-        errors.append(float((got.z - exact).norm() / exact.norm()))
-    rates = [math.log2(a / b) for a, b in pairwise(errors)]
-    # The first step is of order 1: of the higher orders two remain, except where it hardly counts.
-    expected = order if "vpsde" in name else min(order, 2)
-    assert max(rates) > expected - 0.35, (errors, rates)
+    term, z1 = gaussian_term(sde), draw(sde)
+    exact, counts = flow(sde, z1, T_END), []
+    for tol in (1e-2, 1e-4) if order > 1 else (1e-2, 1e-3):
+        got = solve_exponential(term, z1, t_end=T_END, rtol=tol, atol=tol, order=order, control=control)
+        assert error(got.z, exact) < 10 * tol
+        counts.append(got.nfe)
+        assert sum(s.accepted for s in got.steps) == got.accepted
+    assert counts[0] < counts[1] < (1000 if order == 1 else 200)
+    if control == "joint":
+        assert got.nfe == 1 + len(got.steps) == 1 + got.accepted + got.rejected
 
 
-@pytest.mark.parametrize("name", SDES)
-def test_the_linear_part_is_exact(name):
-    """A network whose output does not change: one step of any order is the answer."""
-    sde = build_sde(SDES[name])
-    z1 = _noise(sde)
-    constant = torch.linspace(-1, 1, z1[0].numel(), dtype=torch.float64).reshape(z1[0].shape).expand_as(z1)
-    term = ScoreTerm(lambda z, t: constant, sde, LOGIT)
-    exact = solve_ode(term, z1, t_end=T_END, rtol=1e-12, atol=1e-12).z
-    for times in ([1.0, T_END], natural_grid(sde, 7, 1.0, T_END), [1.0, 0.8, 0.1, T_END]):
-        got = solve_exponential(term, z1, times, order=3)
-        torch.testing.assert_close(got.z, exact, rtol=1e-8, atol=1e-8)
-    back = solve_exponential(term, exact, [T_END, 1.0])  # and against the flow of time
-    torch.testing.assert_close(back.z, z1, rtol=1e-6, atol=1e-6)
-
-
-def test_order_1_without_mixing_is_ddim():
+@pytest.mark.parametrize("times", [(1.0, T_END), (T_END, 1.0)])
+def test_steps_lead_from_start_to_end(times):
     sde = build_sde(SDES["vpsde"])
-    z1 = _noise(sde)
-    times = natural_grid(sde, 5, 1.0, T_END)
-    term = ScoreTerm(lambda z, t: torch.sin(z) * t.reshape(-1, 1, 1, 1), sde, None)
-    z = z1
-    for t, t_next in pairwise(times):
-        eps = term.predict(z, torch.full((2,), t, dtype=torch.float64))
-        # Song, Meng & Ermon 2021, equation 12 with sigma = 0.
-        predicted = (z - sde.var(t).sqrt() * eps) / sde.mean_coef(t)
-        z = sde.mean_coef(t_next) * predicted + sde.var(t_next).sqrt() * eps
-    torch.testing.assert_close(solve_exponential(term, z1, times, order=1).z, z, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("order", range(1, MAX_ORDER + 1))
-def test_the_weights_of_every_order_add_up(order):
-    """An output that does not change is extrapolated exactly, so the sum of the weights has no order."""
-    sde = build_sde(SDES["vpsde"])
-    a = torch.tensor([0.03, 0.5, 1.0], dtype=torch.float64)
-    times = natural_grid(sde, 6, 1.0, 1e-3)
-    (_, first), (_, other) = (coefficients(sde, a, times, k) for k in (1, order))
-    for n, (row, sums) in enumerate(zip(other, first, strict=True)):
-        assert len(row) == min(n + 1, order)
-        torch.testing.assert_close(sum(row), sums[0], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("order", range(1, MAX_ORDER + 1))
-def test_the_weights_integrate_polynomials_of_their_order(order):
-    sde = build_sde(SDES["geometric_sde"])
-    mixing = 0.4
-    times = natural_grid(sde, 6, 0.9, 0.2)
-    u = sde.u(torch.tensor(times, dtype=torch.float64))
-    s = float(sde.s2(times[-1]).sqrt())
-    _, history = coefficients(sde, torch.tensor([mixing], dtype=torch.float64), times, order)
-    end = float(u[-1])
-    for degree in range(order):
-        exact, _ = quad(
-            lambda v, degree=degree: s * mixing * (math.cosh(v) / math.cosh(end)) ** mixing * v**degree,
-            float(u[-2]),
-            end,
-            epsabs=1e-14,
-        )
-        got = sum(float(w) * float(u[-2 - j]) ** degree for j, w in enumerate(history[-1]))
-        assert got == pytest.approx(exact, rel=1e-9, abs=1e-12)
+    got = solve_exponential(switching(sde), draw(sde), t_start=times[0], t_end=times[1], rtol=1e-3, atol=1e-3)
+    assert got.rejected > 0
+    taken = [s for s in got.steps if s.accepted]
+    assert taken[0].t == times[0] and taken[-1].t + taken[-1].h == pytest.approx(times[1], abs=1e-15)
+    assert all(a.t + a.h == pytest.approx(b.t, abs=1e-15) for a, b in pairwise(taken))
+    assert all((s.error_norm < 1) == s.accepted for s in got.steps)
 
 
 @pytest.mark.parametrize("name", SDES)
-def test_the_natural_grid(name):
+def test_a_sample_does_not_depend_on_its_batch(name):
     sde = build_sde(SDES[name])
-    for power in (1.0, 1.5, 3.0):
-        times = natural_grid(sde, 9, 1.0, 1e-4, power)
-        assert len(times) == 10 and times[0] == 1.0 and times[-1] == 1e-4
-        assert all(a > b for a, b in pairwise(times))
-        u = sde.u(torch.tensor(times, dtype=torch.float64)).pow(1 / power)
-        torch.testing.assert_close(u.diff(), u.diff().mean().expand(9), rtol=1e-4, atol=1e-9)
+    term, z1 = switching(sde), draw(sde, 5)
+    sizes = []
+
+    def predict(z, t):
+        sizes.append(len(z))
+        return term.predict(z, t)
+
+    options = {"t_end": T_END, "rtol": 1e-3, "atol": 1e-3, "control": "per_sample"}
+    together = solve_exponential(ScoreTerm(predict, sde, LOGIT), z1, **options)
+    alone = [solve_exponential(term, z1[i : i + 1], **options) for i in range(5)]
+    torch.testing.assert_close(together.z, torch.cat([s.z for s in alone]), rtol=1e-9, atol=1e-9)
+    assert len({s.nfe for s in alone}) > 1, "the samples should differ in effort"
+    assert together.nfe == max(s.nfe for s in alone) and together.accepted == sum(s.accepted for s in alone)
+    # The network sees those alone that are on their way.
+    assert sizes == sorted(sizes, reverse=True) and sum(sizes) == sum(s.nfe for s in alone)
 
 
-def test_kernels_run_it_and_agree():
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_extrapolation_to_0(control):
     sde = build_sde(SDES["vpsde"])
-    term, z1, times = _gaussian(sde), _noise(sde).float(), natural_grid(sde, 6, 1.0, T_END)
-    with use_backend("reference"):
-        plain = solve_exponential(term, z1, times).z
+    term, z1 = gaussian_term(sde), draw(sde)
+    options = {"t_end": 1e-3, "rtol": 1e-5, "atol": 1e-5, "control": control}
+    plain = solve_exponential(term, z1, **options)
+    further = solve_exponential(term, z1, extrapolate=True, **options)
+    exact = plain.z * (variance(sde, 0.0) / variance(sde, 1e-3)).sqrt()  # the flow from there
+    assert further.nfe == plain.nfe and error(further.z, exact) < 0.1 * error(plain.z, exact)
+
+
+def test_dtypes_kernels_and_the_callback():
+    sde = build_sde(SDES["vpsde"])
+    term, z1, seen = gaussian_term(sde), draw(sde), []
+    exact = solve_exponential(term, z1, t_end=T_END, rtol=1e-3, atol=1e-3, callback=seen.append)
     with record() as log:
-        got = solve_exponential(term, z1, times)
-    assert log.counts.total() == 6 and {op for op, _ in log.counts} == {"multistep_update"}
-    assert got.z.dtype == torch.float32
-    torch.testing.assert_close(got.z, plain, rtol=1e-5, atol=1e-6)
+        half = solve_exponential(term, z1.half(), t_end=T_END, rtol=1e-3, atol=1e-3)
+    assert half.z.dtype == torch.float16 and error(half.z.double(), exact.z) < 3e-3
+    assert {op for op, _ in log.counts} == {"multistep_update"}
+    assert [p.nfe for p in seen] == list(range(2, exact.nfe + 1))
+    assert seen[-1].fraction == 1.0 and seen[-1].t == T_END
+    assert all(a.fraction <= b.fraction for a, b in pairwise(seen))
+
+
+def test_what_is_refused():
+    sde = build_sde(SDES["vpsde"])
+    term, z1 = gaussian_term(sde), draw(sde)
+    options = {"t_end": T_END, "rtol": 1e-3, "atol": 1e-3}
+    for change, message in [
+        ({"order": 5}, "order must be from 1 to 4, got 5"),
+        ({"control": "each"}, "unknown control 'each'"),
+        ({"rtol": -1.0}, r"rtol must be finite and not negative, got -1\.0"),
+        ({"rtol": 0.0, "atol": 0.0}, "both 0"),
+        ({"first_step": 0.0}, r"first_step must lie in \(0, 1\], got 0\.0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            solve_exponential(term, z1, **{**options, **change})
+    with pytest.raises(SolverError, match=r"max_steps = 3 steps and reached t = 0\.\d+ of 0\.05"):
+        solve_exponential(term, z1, **{**options, "rtol": 1e-6, "atol": 1e-6}, max_steps=3)
+    empty = solve_exponential(term, z1[:0], **options)
+    assert empty.z.shape == (0, 3, 2, 5) and empty.nfe == 0
+
+
+@pytest.mark.parametrize("control", ["joint", "per_sample"])
+def test_nan_and_stalls_are_named(control):
+    sde = build_sde(SDES["vpsde"])
+    z1 = draw(sde, 3)
+
+    def broken(z, t):
+        late = (t < 0.5).reshape(-1, 1, 1, 1) & (z == z)
+        late[0] = False
+        return torch.where(late, math.nan, 0.0 * z)
+
+    options = {"t_end": T_END, "rtol": 1e-3, "atol": 1e-3, "control": control}
+    sample = "" if control == "joint" else " of sample 1"
+    with pytest.raises(NonFiniteError, match=rf"output{sample} in step \d+, at t = 0\.\d+ \(step from t = "):
+        solve_exponential(ScoreTerm(broken, sde, LOGIT), z1, **options)
+
+    def jump(z, t):
+        return torch.where((t < 0.5).reshape(-1, 1, 1, 1), 1e3, 0.0 * z)
+
+    sample = "" if control == "joint" else r" of sample \d"
+    with pytest.raises(
+        SolverError, match=rf"stalls{sample} at t = 0\.5\d* \(step \d+, error .* times the tol"
+    ):
+        solve_exponential(ScoreTerm(jump, sde, LOGIT), z1, **{**options, "rtol": 1e-6, "atol": 1e-6})
 
 
 def test_trained_digits_in_few_evaluations():
     """On the embedded model: the published solver's accuracy at a fraction of its evaluations."""
     model = lsgm_fast.load("demo")
     z1 = lsgm_fast.random.normal(5, range(16), "prior", model.latent_shape)
-    eps = model.sampling.ode_eps
-    exact = solve_ode(model._term(), z1, t_end=eps, rtol=1e-7, atol=1e-7).z
-
-    def error(z):
-        return float((z - exact).norm() / exact.norm())
-
+    exact = solve_ode(model._term(), z1, t_end=model.sampling.ode_eps, rtol=1e-7, atol=1e-7).z
     for tol, evaluations in ((1e-2, 5), (1e-3, 18)):
-        z, info = model.sample_latents(16, noise=z1, tol=tol)
-        ours, own = model.sample_latents(16, noise=z1, evaluations=evaluations)
+        z, info = model.sample_latents(16, noise=z1, tol=tol, solver="rk45")
+        fixed, own = model.sample_latents(16, noise=z1, evaluations=evaluations)
         assert own.solver == "exponential" and own.nfe == evaluations < info.nfe / 3
-        assert error(ours) < error(z), (tol, error(ours), error(z))
+        assert error(fixed, exact) < error(z, exact)
+        chosen, own = model.sample_latents(16, noise=z1, tol=tol)
+        assert own.solver == "exponential" and own.nfe < info.nfe / 2
+        assert error(chosen, exact) < error(z, exact)
+        assert f"rk45 at {tol:g}" in own.reason
 
 
-def test_what_is_refused():
-    sde = build_sde(SDES["vpsde"])
-    term, z1 = _gaussian(sde), _noise(sde)
-    with pytest.raises(ValueError, match="order must be from 1 to 4, got 5"):
-        solve_exponential(term, z1, [1.0, 0.5], order=5)
-    with pytest.raises(ValueError, match="times must be at least two"):
-        solve_exponential(term, z1, [1.0])
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        natural_grid(sde, 0, 1.0, 0.1)
-    with pytest.raises(ValueError, match=r"power must be positive, got -1\.0"):
-        natural_grid(sde, 3, 1.0, 0.1, -1.0)
-    broken = ScoreTerm(lambda z, t: z * (math.nan if float(t[0]) < 0.6 else 1.0), sde, LOGIT)
-    with pytest.raises(NonFiniteError, match=r"after step 2 of 3, at t = 0\.25"):
-        solve_exponential(broken, z1, [1.0, 0.5, 0.25, 0.1])
-    empty = solve_exponential(term, z1[:0], [1.0, 0.5])
-    assert empty.z.shape == (0, 3, 2, 5) and empty.nfe == 0
+def test_what_auto_stands_for():
+    assert choose(None, 7, 1e-5).evaluations == 7
+    assert choose(1e-2, None, 1e-5).tol == 1e-2
+    assert choose(None, None, 1e-4) == choose(1e-4, None, 1e-5)
+    assert 1e-5 < equivalent_tolerance(1e-5) < equivalent_tolerance(1e-4) < 1e-2
+    assert equivalent_tolerance(0.1) == 0.1
+    assert (choose(1e-7, None, 1e-5).solver, choose(1e-7, None, 1e-5).tol) == ("rk45", 1e-7)
+    with pytest.raises(ValueError, match=r"tol=0\.1 and evaluations=3 exclude each other"):
+        choose(0.1, 3, 1e-5)

@@ -43,6 +43,13 @@ class ScoreTerm:
         return ops.score_drift(eps, z, self.mixing_logit, *self.sde.drift_coefficients(t))
 
     @property
+    def mixing(self) -> Tensor:
+        """a = sigmoid(mixing_logit) per channel, (C,) float64 on the CPU; (1,) of ones without mixing."""
+        if self.mixing_logit is None:
+            return torch.ones(1, dtype=torch.float64)
+        return torch.sigmoid(self.mixing_logit.detach().double()).flatten().cpu()
+
+    @property
     def separable(self) -> bool:
         """Whether a solver may combine the parts itself: not under ``parity="published"``, which rounds the state."""
         return self.sde.parity == "exact"
