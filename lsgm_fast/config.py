@@ -7,7 +7,9 @@ They carry everything that cannot be read off the weights, so a saved model is o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from lsgm_fast.errors import unknown_name
@@ -197,17 +199,38 @@ class ScoreConfig(_Config):
 
 @dataclass(frozen=True)
 class SamplingConfig(_Config):
-    """How the recipe samples: ODE end time, tolerance (rtol = atol), BatchNorm statistics in the decoder."""
+    """How the recipe samples: ODE end time, tolerance (rtol = atol), BatchNorm statistics in the decoder.
+
+    ``grids``: times optimised for this model, each from 1 to ``ode_eps``; ``solver="exponential"`` with as many
+    evaluations as one has steps takes it.
+    """
 
     ode_eps: float = 1e-5
     tol: float = 1e-5
     bn: str = "running"
+    grids: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.bn not in ("running", "batch"):
             raise unknown_name("BatchNorm statistics", self.bn, ("running", "batch"))
         _require(0.0 < self.ode_eps < 1.0, f"ode_eps must be in (0, 1), got {self.ode_eps}")
         _require(self.tol > 0.0, f"tol must be positive, got {self.tol}")
+        object.__setattr__(self, "grids", tuple(tuple(float(t) for t in grid) for grid in self.grids))
+        for grid in self.grids:
+            falls = len(grid) > 1 and all(a > b for a, b in pairwise(grid))
+            _require(
+                falls and (grid[0], grid[-1]) == (1.0, self.ode_eps),
+                f"a grid must fall from 1.0 to ode_eps={self.ode_eps}, got {grid}",
+            )
+
+    def grid_of(self, steps: int) -> tuple[float, ...] | None:
+        """The grid optimised for that number of steps, if there is one."""
+        return next((grid for grid in self.grids if len(grid) == steps + 1), None)
+
+    def with_grid(self, times: Sequence[float]) -> SamplingConfig:
+        """A copy that has these times in place of others with as many steps."""
+        others = [grid for grid in self.grids if len(grid) != len(times)]
+        return self.replace(grids=(*others, tuple(times)))
 
 
 @dataclass(frozen=True)
