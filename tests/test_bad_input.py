@@ -12,9 +12,9 @@ import lsgm_fast
 from lsgm_fast import BackendUnsupported, NonFiniteError, SDEConfig, build_sde, ops
 from lsgm_fast.models import LSGM
 from lsgm_fast.presets import PRESETS
-from lsgm_fast.sampling import SOLVERS, solution
+from lsgm_fast.sampling import ADAPTIVE, BUDGETED, solution
 
-ALL_SOLVERS = [*SOLVERS, "ancestral"]
+ALL_SOLVERS = ["auto", *ADAPTIVE, *BUDGETED]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_an_empty_batch_of_images(model):
 @pytest.mark.parametrize(
     ("call", "closest", "valid"),
     [
-        (lambda m: m.sample(1, solver="rk54"), "rk45", ALL_SOLVERS),
+        (lambda m: m.sample(1, solver="rk445"), "rk45", ALL_SOLVERS),
         (lambda m: m.sample_latents(1, solver="ancestrl"), "ancestral", ALL_SOLVERS),
         (lambda m: m.sample(1, bn="runing"), "running", ["running", "batch"]),
         (lambda m: m.decode(torch.zeros(1, 8, 8, 8), bn="bach"), "batch", ["running", "batch"]),
@@ -193,7 +193,13 @@ def test_a_backend_that_an_operation_does_not_have(model):
             "evaluations=10 needs a solver with a fixed budget.*ancestral",
         ),
         ({"evaluations": 10, "tol": 1e-3}, "tol=0.001 and evaluations=10 exclude each other"),
-        ({"solver": "exponential", "tol": 1e-3}, "tol is for adaptive solvers"),
+        ({"solver": "ancestral", "tol": 1e-3}, "tol is for adaptive solvers"),
+        ({"solver": "dpmpp_2m", "tol": 1e-3}, "tol is for adaptive solvers"),
+        ({"solver": "heun", "evaluations": 5}, "a multiple of 2 for solver=.heun., .*got 5"),
+        ({"solver": "rk45", "grid": "uniform"}, "grid is for solvers over given times"),
+        ({"evaluations": 3, "grid": [1.0, 0.5, 0.1]}, "goes from t = 1.0 to 0.1: expected 1.0 to ode_eps"),
+        ({"solver": "ddim", "control": "per_sample"}, "control=.per_sample. is for .rk45."),
+        ({"solver": "ddim", "extrapolate": True}, "extrapolate is for .exponential."),
         ({"evaluations": 10, "solver": "rk45"}, "'rk45' chooses its evaluations to meet tol"),
         ({"solver": "ancestral", "evaluations": 0}, "at least 1, got 0"),
         ({"solver": "ancestral", "evaluations": -2}, "at least 1, got -2"),
@@ -272,7 +278,7 @@ def test_nan_from_the_network_names_step_and_time(solver, bad):
         assert "step 11 of 20" in message  # t = 1, 0.95, ..., 0.5
 
 
-@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5", "ancestral"])
+@pytest.mark.parametrize("solver", ["rk45", "scipy", "dopri5", "ancestral", "exponential"])
 def test_nan_from_the_first_evaluation(solver):
     with pytest.raises(NonFiniteError, match="t = 1.0"):
         sample(own_model(lambda z: z * math.nan, when=2.0), solver)

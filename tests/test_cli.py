@@ -39,7 +39,8 @@ class FakeModel:
             levels = (seed + first + torch.arange(size).float()) / 255
             done.append(levels.reshape(-1, 1, 1, 1).expand(-1, 1, 28, 28))
             nfe = self.nfe[batch % len(self.nfe)]
-            on_batch(done[-1], SimpleNamespace(nfe=nfe, solver="rk45", backends={"rk_stage": "reference"}))
+            backends = {"rk_stage": "reference"}
+            on_batch(done[-1], SimpleNamespace(nfe=nfe, solver="rk45", reason="", backends=backends))
         return torch.cat(done)
 
 
@@ -114,6 +115,8 @@ def test_sample_passes_every_option_on(model, run):
             20,
             "--ode-eps",
             1e-4,
+            "--grid",
+            "uniform",
         ),
         *(
             "--temperature",
@@ -139,6 +142,7 @@ def test_sample_passes_every_option_on(model, run):
             "tol": None,
             "evaluations": 20,
             "ode_eps": 1e-4,
+            "grid": "uniform",
             "temperature": 0.7,
             "vae_temperature": 0.6,
             "bn": "batch",
@@ -150,7 +154,7 @@ def test_sample_passes_every_option_on(model, run):
 def test_sample_leaves_unset_options_to_the_model(model, run):
     run("sample", "demo", "--device", "cpu")
     assert {k: v for k, v in model.calls[0].items() if v is None}.keys() == {
-        *("tol", "evaluations", "ode_eps", "bn", "batch_size")
+        *("tol", "evaluations", "ode_eps", "grid", "bn", "batch_size")
     }
 
 
@@ -346,8 +350,11 @@ def test_ctrl_c_on_a_real_run(tiny_checkpoint, tmp_path):
 def test_a_real_model_end_to_end(tiny_checkpoint, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("-n", 5, "--seed", 3, "--npz", "--json", "--device", "cpu")
+    chosen = json.loads(run("sample", tiny_checkpoint, *arguments, "--out", "auto.png").out)
+    assert chosen["solver"] == "exponential" and "about as near" in chosen["reason"]
+    arguments = (*arguments, "--solver", "rk45")
     whole = json.loads(run("sample", tiny_checkpoint, *arguments, "--out", "a.png").out)
-    assert whole["solver"] == "rk45"
+    assert whole["solver"] == "rk45" and whole["reason"] == ""
     assert (
         whole["nfe"] - 2
     ) % 6 == 0  # SciPy's count: two to choose the first step, six for each attempted one
@@ -365,7 +372,7 @@ def test_a_real_model_end_to_end(tiny_checkpoint, run, tmp_path, monkeypatch):
 def test_a_real_model_rejects_names_with_suggestions(tiny_checkpoint, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, message in (
-        (("--solver", "rk54"), "did you mean 'rk45'"),
+        (("--solver", "rk54"), "did you mean 'rk4"),
         (("--bn", "runing"), "did you mean 'running'"),
         (("--evaluations", "10", "--solver", "rk45"), "ancestral"),
         (("--tol", "-1"), "-1"),
@@ -536,7 +543,7 @@ def test_help_explains_every_command_and_solver(run, monkeypatch):
         if command != "info":
             assert "Examples" in result.out
     text = run("sample", "--help").out
-    for solver in sampling.SOLVERS:
+    for solver in ("auto", "rk45", "exponential", "ancestral", "log_snr"):
         assert solver in text
 
 

@@ -112,7 +112,9 @@ class GaussianScore(nn.Module):
 def test_own_modules_are_enough():
     model = LSGM(TenLineVAE(), TenLineScore(), SDEConfig())
     seen = []
-    images = model.sample(5, seed=1, tol=1e-3, batch_size=2, on_batch=lambda x, info: seen.append((x, info)))
+    images = model.sample(
+        5, seed=1, tol=1e-3, solver="rk45", batch_size=2, on_batch=lambda *a: seen.append(a)
+    )
     assert images.shape == (5, 3, 2, 2)
     assert images.dtype == torch.float32
     assert images.min() >= 0
@@ -596,11 +598,16 @@ def test_the_first_index_continues_a_request():
 
 def test_recipe_and_overrides():
     model = tiny()
-    _, recipe = model.sample_latents(2)
-    _, same = model.sample_latents(2, tol=model.sampling.tol, ode_eps=model.sampling.ode_eps, solver="auto")
-    _, fine = model.sample_latents(2, tol=1e-4)
-    assert recipe.nfe == same.nfe == 2 + 6 * (recipe.steps + recipe.rejected)
-    assert fine.nfe > recipe.nfe
+    for solver, first, per_step in (("rk45", 2, 6), ("auto", 1, 1)):
+        _, recipe = model.sample_latents(2, solver=solver)
+        stated = {"tol": model.sampling.tol, "ode_eps": model.sampling.ode_eps}
+        _, same = model.sample_latents(2, solver=solver, **stated)
+        _, fine = model.sample_latents(2, solver=solver, tol=1e-4)
+        assert recipe.nfe == same.nfe == first + per_step * (recipe.steps + recipe.rejected)
+        assert fine.nfe > recipe.nfe
+        assert (recipe.solver, bool(recipe.reason)) == (
+            ("rk45", False) if per_step == 6 else ("exponential", True)
+        )
     _, info = model.sample_latents(2, solver="ancestral", evaluations=7)
     assert (info.nfe, info.steps, info.solver) == (7, 7, "ancestral")
 
@@ -628,7 +635,7 @@ def test_the_published_path_uses_the_published_formulas(monkeypatch):
         seen.append(term.sde.parity)
         return solve_ode(term, *args, **kwargs)
 
-    monkeypatch.setattr("lsgm_fast.models.lsgm.solve_ode", spy)
+    monkeypatch.setattr("lsgm_fast.sampling.driver.solve_ode", spy)
     model.sample_latents(1, solver="scipy")
     model.sample_latents(1, solver="rk45")
     assert seen == ["published", "exact"]

@@ -19,26 +19,13 @@ from lsgm_fast.config import LSGMConfig, SamplingConfig, SDEConfig
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import BN_STATISTICS, NVAE, LatentGroup
-from lsgm_fast.sampling import (
-    SOLVERS,
-    Progress,
-    ScoreTerm,
-    Solution,
-    natural_grid,
-    resolve_solver,
-    sample_ancestral,
-    solve_exponential,
-    solve_ode,
-)
+from lsgm_fast.sampling import Progress, Request, ScoreTerm, TunedGrid, choose, integrate, optimise_grid
 from lsgm_fast.sde import SDE, build_sde
 from lsgm_fast.weighting import iw_quantities
 
 logger = logging.getLogger("lsgm_fast")
 
 DEFAULT_BATCH_SIZE = 64
-ANCESTRAL_STEPS = 1000
-EXPONENTIAL_STEPS = 10
-FIXED_BUDGET = ("exponential", "ancestral")
 
 
 @runtime_checkable
@@ -71,7 +58,8 @@ class SamplingInfo:
     """What a latent sampling cost.
 
     ``nfe``: evaluations of the score network (one serves the whole batch); ``seconds``: wall clock of the solve;
-    ``steps`` / ``rejected``: accepted / rejected steps; ``backends``: which backend ran each operation.
+    ``steps`` / ``rejected``: accepted / rejected steps; ``backends``: which backend ran each operation; ``reason``: why
+    ``solver="auto"`` chose the solver, empty where it was named.
     """
 
     nfe: int
@@ -80,6 +68,7 @@ class SamplingInfo:
     rejected: int
     solver: str
     backends: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,6 +188,9 @@ class LSGM(nn.Module):
         tol: float | None = None,
         evaluations: int | None = None,
         ode_eps: float | None = None,
+        grid: str | Sequence[float] | None = None,
+        control: str = "joint",
+        extrapolate: bool = False,
         temperature: float = 1.0,
         state_dtype: torch.dtype = torch.float64,
         progress: bool = False,
@@ -213,13 +205,20 @@ class LSGM(nn.Module):
             noise: standard-normal initial state (n, *latent_shape); None: drawn from ``seed``.
             seed: 0 to 2^64 - 1. first_index: index of the first sample within the request, so that splitting a request
                 does not change its draws.
-            solver: ``"rk45"``, ``"rk23"``, ``"scipy"`` (the published path, with the published float32 formulas) and
-                ``"dopri5"`` meet a tolerance; ``"exponential"`` (:func:`~lsgm_fast.sampling.solve_exponential`) and
-                ``"ancestral"`` take a number of evaluations. ``"auto"``: ``"exponential"`` where ``evaluations`` is
-                given, else ``"rk45"``.
-            tol: rtol and atol; None: the recipe's. evaluations: network evaluations, for solvers with a fixed
-                budget; None: 10 (``"exponential"``) or 1000 (``"ancestral"``).
-            ode_eps: end time; None: the recipe's. temperature: factor on the initial noise (and ancestral noise).
+            solver: to a tolerance ``"exponential"`` (adaptive, made for the mixed score), ``"rk45"`` (the published
+                method), ``"rk23"``, ``"dop853"``, ``"scipy"`` (the published path, with the published float32
+                formulas), ``"dopri5"`` and, of the reverse SDE, ``"adaptive_sde"``; with a budget ``"exponential"``,
+                ``"exponential_ab"``, ``"exponential_2s"``, ``"exponential_3s"``, ``"ddim"``, ``"deis"``,
+                ``"dpmpp_2m"``, ``"dpmpp_3m"``, ``"dpmpp_2s"``, ``"dpmpp_3s"``, ``"unipc"``, ``"euler"``, ``"heun"``,
+                ``"rk4"`` and, of the reverse SDE, ``"ancestral"``, ``"euler_maruyama"`` and ``"predictor_corrector"``.
+                ``"auto"``: the best measured, ``info.reason`` says why. See ``docs/solvers.md``.
+            tol: rtol and atol; None: the recipe's. For ``"auto"``: the accuracy of ``"rk45"`` at this tolerance.
+            evaluations: network evaluations; None: 10 (1000 for the SDE), or a tolerance's with ``"auto"``.
+            ode_eps: end time; None: the recipe's. temperature: factor on the initial noise and that of the SDE solvers.
+            grid: times of a solver with a budget: ``"uniform"``, ``"quadratic"``, ``"log_snr"``, ``"natural"``, or the
+                times themselves; None: this model's own (:meth:`optimise_grid`) or the method's best.
+            control: ``"joint"`` step sizes, or ``"per_sample"``.
+            extrapolate: go on from ``ode_eps`` to 0 without an evaluation (``"exponential"``).
             state_dtype: dtype of the adaptive solver's state. progress: show a progress bar on stderr.
 
         Returns:
@@ -230,26 +229,15 @@ class LSGM(nn.Module):
             NonFiniteError: the network produced NaN or infinity (step and t are named).
         """
         self._network()
-        solvers = (*SOLVERS, *FIXED_BUDGET)
-        if solver not in solvers:
-            raise unknown_name("solver", solver, solvers)
+        reason = ""
         if solver == "auto":
-            if tol is not None and evaluations is not None:
-                raise ValueError(
-                    f"tol={tol} and evaluations={evaluations} exclude each other: give a tolerance or a budget"
-                )
-            solver = resolve_solver(solver) if evaluations is None else "exponential"
-        if evaluations is not None and solver not in FIXED_BUDGET:
-            raise ValueError(
-                f"evaluations={evaluations} needs a solver with a fixed budget, "
-                f"{' or '.join(map(repr, FIXED_BUDGET))}: {solver!r} chooses its evaluations to meet tol"
-            )
-        if evaluations is not None and (not isinstance(evaluations, int) or evaluations < 1):
-            raise ValueError(f"evaluations must be a whole number of at least 1, got {evaluations!r}")
-        if solver == "ancestral" and (tol is not None or ode_eps is not None):
-            raise ValueError("tol and ode_eps are for the ODE solvers: solver='ancestral' takes evaluations")
-        if solver == "exponential" and tol is not None:
-            raise ValueError("tol is for adaptive solvers: solver='exponential' takes evaluations")
+            chosen = choose(tol, evaluations, self.sampling.tol)
+            solver, tol, evaluations, reason = chosen.solver, chosen.tol, chosen.evaluations, chosen.reason
+        recipe_end = ode_eps is None or ode_eps == self.sampling.ode_eps
+        if grid is None and solver == "exponential" and evaluations is not None and recipe_end:
+            grid = self.sampling.grid_of(evaluations)
+        request = Request(solver, tol, evaluations, ode_eps, grid, control, extrapolate)
+        request.check()
         if n < 0:
             raise ValueError(f"the number of latents must not be negative, got {n}")
         _check_temperature("temperature", temperature)
@@ -263,23 +251,24 @@ class LSGM(nn.Module):
             raise ValueError(f"expected noise {(n, *self.latent_shape)}, got {tuple(noise.shape)}")
         z1 = noise.to(device) * (self.sde.prior_std * temperature)
 
+        def draw(i: int, positions: torch.Tensor | None) -> torch.Tensor:
+            of = indices if positions is None else [first_index + p for p in positions.tolist()]
+            return random.normal(seed, of, "ancestral", self.latent_shape, device=device, substream=i)
+
         with _ProgressBar(progress) as bar, dispatch.record() as log, torch.no_grad():
             start = time.perf_counter()
-            if solver == "ancestral":
-                solution = sample_ancestral(
-                    self._predict,
-                    z1,
-                    sde=self.sde,
-                    mixing_logit=self.mixing_logit,
-                    steps=evaluations if evaluations is not None else ANCESTRAL_STEPS,
-                    noise_fn=lambda i: random.normal(
-                        seed, indices, "ancestral", self.latent_shape, device=device, substream=i
-                    ),
-                    temperature=temperature,
-                    callback=bar,
-                )
-            else:
-                solution = self._solve(z1, solver, tol, evaluations, ode_eps, state_dtype, bar)
+            sde = self.sde.with_parity("published") if solver == "scipy" else self.sde
+            solution = integrate(
+                self._term(sde),
+                z1,
+                request,
+                ode_eps=self.sampling.ode_eps,
+                tol=self.sampling.tol,
+                draw=draw,
+                temperature=temperature,
+                state_dtype=state_dtype,
+                callback=bar,
+            )
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start
@@ -290,40 +279,45 @@ class LSGM(nn.Module):
             rejected=solution.rejected,
             solver=solver,
             backends=log.backends(),
+            reason=reason,
         )
         return solution.z, info
 
-    def _solve(
-        self,
-        z1: torch.Tensor,
-        solver: str,
-        tol: float | None,
-        evaluations: int | None,
-        ode_eps: float | None,
-        state_dtype: torch.dtype,
-        callback: Callable[[Progress], object],
-    ) -> Solution:
-        tol = self.sampling.tol if tol is None else tol
-        ode_eps = self.sampling.ode_eps if ode_eps is None else ode_eps
-        if not tol > 0.0:
-            raise ValueError(f"tol must be positive, got {tol}")
-        if not 0.0 < ode_eps < 1.0:
-            raise ValueError(f"ode_eps must be in (0, 1), got {ode_eps}")
-        if solver == "exponential":
-            steps = EXPONENTIAL_STEPS if evaluations is None else evaluations
-            times = natural_grid(self.sde, steps, 1.0, ode_eps)
-            return solve_exponential(self._term(), z1, times, callback=callback)
-        sde = self.sde.with_parity("published") if solver == "scipy" else self.sde
-        return solve_ode(
-            self._term(sde),
-            z1,
-            t_end=ode_eps,
-            solver=solver,
-            rtol=tol,
-            atol=tol,
-            state_dtype=state_dtype,
-            callback=callback,
-        )
+    def optimise_grid(
+        self, evaluations: int, *, n: int = 16, seed: int = 0, trials: int = 200, progress: bool = False
+    ) -> TunedGrid:
+        """Find the times at which this many evaluations of ``"exponential"`` serve this model best, and keep them.
+
+        They go into ``self.sampling`` (and the configuration that :meth:`save` writes), where
+        ``sample(evaluations=...)`` finds them. See :func:`~lsgm_fast.sampling.optimise_grid`.
+
+        Args:
+            n: latents, half to search on and half to judge with. seed: of their noise. trials: grids tried.
+
+        Raises:
+            ValueError: n or evaluations below 2.
+        """
+        self._network()
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        noise = random.normal(seed, range(n), "prior", self.latent_shape, dtype=dtype, device=self.device)
+        with tqdm(total=trials, desc="grids", disable=not progress, leave=False) as bar:
+
+            def show(done: int, best: float) -> None:
+                bar.update(done - bar.n)
+                bar.set_postfix(error=f"{best:.3g}")
+
+            tuned = optimise_grid(
+                self._term(),
+                noise * self.sde.prior_std,
+                evaluations,
+                self.sampling.ode_eps,
+                trials=trials,
+                callback=show,
+            )
+        self.sampling = self.sampling.with_grid(tuned.times)
+        if self.config is not None:
+            self.config = self.config.replace(sampling=self.config.sampling.with_grid(tuned.times))
+        return tuned
 
     def sample(
         self,
@@ -334,6 +328,9 @@ class LSGM(nn.Module):
         tol: float | None = None,
         evaluations: int | None = None,
         ode_eps: float | None = None,
+        grid: str | Sequence[float] | None = None,
+        control: str = "joint",
+        extrapolate: bool = False,
         temperature: float = 1.0,
         vae_temperature: float = 1.0,
         bn: str | None = None,
@@ -350,7 +347,8 @@ class LSGM(nn.Module):
         Args:
             n: number of images. seed: same seed, same images, on every device and for every ``batch_size`` (up to the
                 solver's tolerance where one step size serves a batch, and unless ``bn="batch"``).
-            solver, tol, evaluations, ode_eps, temperature, noise, state_dtype, progress: as in :meth:`sample_latents`.
+            solver, tol, evaluations, ode_eps, grid, control, extrapolate, temperature, noise, state_dtype, progress: as
+                in :meth:`sample_latents`.
             vae_temperature: factor on the noise of the latent scales that the prior does not cover.
             bn: ``"running"`` or ``"batch"`` BatchNorm statistics in the decoder; None: the recipe's.
             batch_size: images per batch; None: at most 64.
@@ -391,6 +389,9 @@ class LSGM(nn.Module):
                 tol=tol,
                 evaluations=evaluations,
                 ode_eps=ode_eps,
+                grid=grid,
+                control=control,
+                extrapolate=extrapolate,
                 temperature=temperature,
                 state_dtype=state_dtype,
                 progress=progress,
