@@ -552,7 +552,7 @@ def test_the_solvers_cost_is_not_timed_on_a_busy_machine(
 def test_accuracy_against_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "TOLERANCES", (1e-2, 1e-4))
     monkeypatch.setattr(accuracy, "EVALUATIONS", (2, 16))
-    monkeypatch.setattr(accuracy, "EXACT", 1e-6)
+    monkeypatch.setattr(accuracy, "FEW", (12,))
     torch.manual_seed(0)
     model = lsgm_fast.build("tiny-rgb")
     for parameter in model.prior.parameters():  # some start at zero, and the network's output with them
@@ -565,11 +565,17 @@ def test_accuracy_against_evaluations(tmp_path: Path, monkeypatch: pytest.Monkey
         "2",
         "--sets",
         "2",
+        "--exact",
+        "1e-6",
+        "--plot",
+        str(tmp_path / "plot.svg"),
         "--dry-run",
         "--out",
         str(tmp_path),
     ]
     assert accuracy.main(arguments) == 0
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "<svg" in drawn and drawn.count('id="line2d_') > len(accuracy.OTHERS)
     (path,) = tmp_path.glob("*/accuracy.json")
     found = {
         (c["parameters"]["solver"], c["parameters"].get("tol", c["parameters"].get("evaluations"))): c[
@@ -580,6 +586,7 @@ def test_accuracy_against_evaluations(tmp_path: Path, monkeypatch: pytest.Monkey
     error = {key: accuracy.mean(figures["latent_error"]) for key, figures in found.items()}
     assert error["rk45", 1e-4] < error["rk45", 1e-2] and error["exponential", 16] < error["exponential", 2]
     assert found["exponential", 16]["evaluations"]["values"] == [16, 16]
+    assert set(accuracy.OTHERS) <= {solver for solver, _ in found} and "exponential" not in accuracy.OTHERS
     assert all(len(figures["image_error"]["values"]) == 2 for figures in found.values())
 
 
@@ -606,8 +613,9 @@ def test_tests_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     suite.write_text("import time\ndef test_slow(): time.sleep(60)\n")
     assert validation.main([*options, "--budget", "3", "--", str(suite)]) == validation.OUT_OF_TIME_EXIT
     record = json.loads(path.read_text())
-    # pytest still writes its report; it counts the test that was interrupted as passed.
-    assert record["out_of_time"] is True and record["outcome"]["counts"] == {"passed": 1}
+    assert record["out_of_time"] is True
+    # pytest still writes its report (if it had begun), and counts the test that was interrupted as passed.
+    assert record["outcome"] is None or set(record["outcome"]["counts"]) <= {"passed"}
 
 
 def test_script_records_every_part_and_goes_on(tmp_path: Path) -> None:
