@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -117,6 +119,12 @@ def _junit(path: Path) -> dict[str, Any]:
     return {"counts": dict(counts), "failed": failed, "skipped_because": dict(skipped)}
 
 
+def _in_parallel() -> list[str]:
+    """Arguments that spread the suite over the cores where pytest-xdist is at hand: one process takes too long."""
+    cores = (os.cpu_count() or 1) - 2
+    return ["-n", str(cores)] if cores > 1 and importlib.util.find_spec("xdist") else []
+
+
 def run_tests(
     out: Path, device: str, *, seconds: float, dry_run: bool, commit: str | None, pytest_args: Sequence[str]
 ) -> int:
@@ -126,7 +134,7 @@ def run_tests(
         "no:cacheprovider",
         "-q",
         "-ra",
-        *(["--collect-only"] if dry_run else []),
+        *(["--collect-only"] if dry_run else _in_parallel()),
         *pytest_args,
     ]
     tail: deque[str] = deque(maxlen=TAIL_LINES)
