@@ -100,7 +100,10 @@ class Request:
                 raise ValueError(f"ode_eps must be in (0, 1), got {self.ode_eps}")
         if self.grid is not None:
             if self.adaptive or solver == "ancestral":
-                raise ValueError(f"grid is for solvers over given times: solver={solver!r} has its own")
+                raise ValueError(
+                    f"grid is for solvers over given times: solver={solver!r} has its own here; name another, or give "
+                    "evaluations in place of a tolerance"
+                )
             if isinstance(self.grid, str) and self.grid not in GRIDS:
                 raise unknown_name("grid", self.grid, GRIDS)
         if self.control not in CONTROLS:
