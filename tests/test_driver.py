@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lsgm_fast
-from lsgm_fast.sampling import ADAPTIVE, BUDGETED, METHODS, Request
+from lsgm_fast.sampling import ADAPTIVE, BUDGETED, Request
+from lsgm_fast.sampling.driver import evaluations_per_step
 
 STOCHASTIC = ("ancestral", "euler_maruyama", "predictor_corrector", "adaptive_sde")
 
@@ -45,9 +46,14 @@ def test_every_sde_solver_draws_latents_of_the_right_size(model, solver):
 
 
 @pytest.mark.parametrize("solver", BUDGETED)
-def test_the_default_budget_fits_the_method(solver):
+def test_budgets_are_whole_steps(solver):
     request = Request(solver)
     request.check()
     assert not request.adaptive
-    per_step = METHODS[solver].evaluations if solver in METHODS else 1
-    Request(solver, evaluations=4 * per_step if per_step != 1 else 4).check()
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        Request(solver, evaluations=0).check()
+    per_step = evaluations_per_step(solver)
+    Request(solver, evaluations=3 * per_step).check()
+    if per_step > 1:
+        with pytest.raises(ValueError, match=f"a multiple of {per_step} for solver='{solver}'"):
+            Request(solver, evaluations=3 * per_step + 1).check()
