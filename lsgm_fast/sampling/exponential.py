@@ -26,6 +26,7 @@ from lsgm_fast.sampling.solution import (
     SolverError,
     StepRecord,
     check_tolerances,
+    send,
 )
 from lsgm_fast.sampling.terms import ScoreTerm
 
@@ -230,8 +231,8 @@ def solve_exponential(
 
 def _sent(parts: list[Tensor], z: Tensor) -> list[Tensor]:
     """Coefficients (k, R, C) on the device of the state, in one transfer, each (R, C, 1, ...)."""
-    sent = torch.cat(parts).to(z.dtype).to(z.device)
-    return list(sent.reshape(*sent.shape, *(1,) * (z.dim() - 2)))
+    ones = (1,) * (z.dim() - 2)
+    return [one.reshape(*one.shape, *ones) for part in send(z, *parts) for one in part]
 
 
 class _Network:

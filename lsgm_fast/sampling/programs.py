@@ -70,11 +70,7 @@ class _Sent:
 
     def __init__(self, program: Program, z: Tensor) -> None:
         self._shape = (1, -1, *(1,) * (z.dim() - 2))
-        tensors = list(self._coefficients(program))
-        self._sizes = [t.numel() for t in tensors]
-        packed = torch.cat(tensors) if tensors else torch.empty(0)
-        parts = packed.to(z.dtype).to(z.device).split(self._sizes)
-        self._parts = iter(parts)
+        self._parts = iter(_solution.send(z, *self._coefficients(program)))
 
     @staticmethod
     def _coefficients(program: Program) -> Iterator[Tensor]:

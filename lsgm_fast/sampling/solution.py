@@ -106,6 +106,15 @@ def checked_times(times: Sequence[float]) -> list[float]:
     return times
 
 
+def send(like: Tensor, *parts: Tensor) -> list[Tensor]:
+    """The parts in the dtype and on the device of ``like``, by one transfer."""
+    if not parts:
+        return []
+    flat = torch.cat([part.reshape(-1) for part in parts]).to(like.dtype).to(like.device)
+    pieces = flat.split([part.numel() for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+
 def check_tolerances(rtol: float, atol: float) -> None:
     """Raise ``ValueError`` for tolerances that are negative, not finite or both 0."""
     for name, value in (("rtol", rtol), ("atol", atol)):

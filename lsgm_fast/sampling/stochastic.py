@@ -53,13 +53,6 @@ def reverse_coefficients(term: ScoreTerm, a: Tensor, t: Tensor) -> tuple[Tensor,
     return linear, network, g2.sqrt()
 
 
-def _send(like: Tensor, *parts: Tensor) -> list[Tensor]:
-    """The parts in the dtype and on the device of ``like``, by one transfer."""
-    flat = torch.cat([part.reshape(-1) for part in parts]).to(like.dtype).to(like.device)
-    pieces = flat.split([part.numel() for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
-
-
 def _check_state(z1: Tensor, temperature: float) -> None:
     if not z1.is_floating_point() or z1.dim() < 2:
         raise ValueError(
@@ -115,7 +108,7 @@ class _FixedSteps:
         linear, network, g = reverse_coefficients(term, term.mixing, t[:-1])
         self.c_noise = (temperature * size.sqrt() * g).tolist()
         # Everything that the device needs is sent ahead of the loop.
-        self.stamps, self.r, self.c_z, self.c_e = _send(
+        self.stamps, self.r, self.c_z, self.c_e = _solution.send(
             self.z, t, term.sde.mixed_r(t), 1.0 - size[:, None] * linear, -size[:, None] * network
         )
         self.channels = (1, -1, *(1,) * (z1.dim() - 2))
@@ -382,7 +375,7 @@ def solve_adaptive_sde(
         linear, network, g = reverse_coefficients(term, a, torch.cat([t, t_next]))
         (l1, l2), (w1, w2), (g1, g2) = linear.chunk(2), network.chunk(2), g.chunk(2)
         size, root = h[:, None], temperature * h.sqrt()
-        now, then, c_z, c_e, c_noise, d_z, d_e, d_noise = _send(
+        now, then, c_z, c_e, c_noise, d_z, d_e, d_noise = _solution.send(
             z,
             t,
             t_next,
