@@ -144,8 +144,8 @@ def solve_exponential(
     x_start, x_end = (sde.u(t).pow(1.0 / NATURAL_POWER) for t in (start, end))
     way = x_end - x_start
     rows = _Rows(len(base), 1 if joint else len(base), order, start, x_start, first_step * way)
-    calls = _Network(term)
-    history = [calls(base, rows.t)]
+    calls = CountedDrift(term, base.shape)
+    history = [_evaluate(calls, term, base, rows.t)]
     records: list[list[StepRecord]] = [[] for _ in range(len(rows.t))]
     attempt = 0
     while len(rows.members):
@@ -165,7 +165,7 @@ def solve_exponential(
         c, *w = _sent([factor[None], predictor, corrector, change], base)
         k = len(predictor)
         w_predictor, w_corrector, w_change = w[:k], w[k : 2 * k + 1], w[2 * k + 1 :]
-        new = calls(ops.multistep_update(base, c, history, w_predictor), t_next)
+        new = _evaluate(calls, term, ops.multistep_update(base, c, history, w_predictor), t_next)
         outputs = [new, *history]
         corrected = ops.multistep_update(base, c, outputs, w_corrector)
         difference = ops.multistep_update(base, 0.0, outputs, w_change)
@@ -235,18 +235,10 @@ def _sent(parts: list[Tensor], z: Tensor) -> list[Tensor]:
     return [one.reshape(*one.shape, *ones) for part in send(z, *parts) for one in part]
 
 
-class _Network:
-    """The network at a time per row."""
-
-    def __init__(self, term: ScoreTerm) -> None:
-        self._term = term
-        self.nfe = 0
-
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        calls = CountedDrift(self._term, z.shape)
-        out = calls.counted(self._term.predict(z, t.to(z.dtype).to(z.device).expand(z.shape[0])))
-        self.nfe += calls.nfe
-        return out
+def _evaluate(calls: CountedDrift, term: ScoreTerm, z: Tensor, t: Tensor) -> Tensor:
+    """The network at one time or at a time per sample; the batch may have become smaller."""
+    calls.shape = z.shape
+    return calls.counted(term.predict(z, t.to(z.dtype).to(z.device).expand(z.shape[0])))
 
 
 def _raise_for(

@@ -93,12 +93,16 @@ class _Linear:
         return Update(base, factor[0], tuple(stage for stage, _ in known), tuple(weights[:, 0]))
 
 
+def _latest(times: Sequence[float], n: int, count: int) -> list[tuple[int, float]]:
+    """At most ``count`` predictions up to time n, latest first, where every time of the grid has one."""
+    return [(k, times[k]) for k in range(n, max(-1, n - count), -1)]
+
+
 def _multistep(name: str, linear: _Linear, times: Sequence[float], order: int) -> Program:
     """Adams-Bashforth: one evaluation a step; the first steps use what there is."""
     stages = []
     for n, (t, t_next) in enumerate(pairwise(times)):
-        known = [(k, times[k]) for k in range(n, max(-1, n - order), -1)]
-        update = linear.update(n, t, t_next, known)
+        update = linear.update(n, t, t_next, _latest(times, n, order))
         stages.append(Stage(n, t, (update,), linear.parametrisation(t), arrives=t_next))
     return Program(name, tuple(times), tuple(stages))
 
@@ -130,16 +134,12 @@ def _corrected_program(
 
 def _corrected(name: str, linear: _Linear, times: Sequence[float], order: int) -> Program:
     """Adams-Bashforth as predictor, Adams-Moulton (through the newest output too) as corrector."""
-
-    def known(n: int, count: int) -> list[tuple[int, float]]:
-        return [(k, times[k]) for k in range(n, max(-1, n - count), -1)]
-
     return _corrected_program(
         name,
         times,
         linear.parametrisation,
-        correct=lambda base, n: linear.update(base, times[n - 1], times[n], known(n, order + 1)),
-        predict=lambda base, n: linear.update(base, times[n], times[n + 1], known(n, order)),
+        correct=lambda base, n: linear.update(base, times[n - 1], times[n], _latest(times, n, order + 1)),
+        predict=lambda base, n: linear.update(base, times[n], times[n + 1], _latest(times, n, order)),
     )
 
 
