@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lsgm_fast.errors import unknown_name
 
@@ -37,25 +37,56 @@ class _Config:
 
     @classmethod
     def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-        """Inverse of :meth:`to_dict`. Unknown keys are an error; missing ones take their default."""
+        """Inverse of :meth:`to_dict`. Missing keys take their default.
+
+        Numbers may come as text (YAML reads ``1e-3`` as text); a field that holds a configuration takes a dictionary.
+
+        Raises:
+            ValueError: an unknown key (the closest is named), or a value of another type.
+        """
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__} expects a dictionary, got {type(values).__name__}")
-        known = {f.name: f for f in dataclasses.fields(cls)}
+        known = get_type_hints(cls)
         kwargs: dict[str, Any] = {}
         for key, value in values.items():
             if key not in known:
                 raise unknown_name(f"{cls.__name__} option", key, known)
-            nested = _NESTED.get(key)
-            if nested is not None and isinstance(value, dict):
-                value = nested.from_dict(value)
-            elif isinstance(value, list):
-                value = tuple(value)
-            kwargs[key] = value
+            kwargs[key] = _converted(f"{cls.__name__} option {key!r}", value, known[key])
         return cls(**kwargs)
 
     def replace(self: T, **changes: Any) -> T:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type that ``hint`` asks for."""
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not Ellipsis]
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} expects a list, got {value!r}")
+        return tuple(_converted(name, item, kinds[0]) for item in value)
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if not isinstance(kind, type) or kind is type(None):
+            continue
+        if issubclass(kind, _Config):
+            return value if isinstance(value, kind) else kind.from_dict(value)
+        # True is an int to Python, and 8.0 an integer to whoever wrote it.
+        if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+            return value
+        if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except ValueError:
+                continue
+            if kind is float:
+                return number
+            if number.is_integer():
+                return int(number)
+    expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ValueError(f"{name} expects {expected}, got {value!r}")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -254,11 +285,3 @@ class LSGMConfig(_Config):
             expected == got,
             f"the VAE's latent is {expected} but the score network expects {got} (channels, h, w)",
         )
-
-
-_NESTED: dict[str, type[_Config]] = {
-    "vae": VAEConfig,
-    "score": ScoreConfig,
-    "sde": SDEConfig,
-    "sampling": SamplingConfig,
-}

@@ -1,0 +1,159 @@
+"""The folder of a training run: configuration, checkpoints, figures over time, images, log.
+
+::
+
+    run/config.yaml            the complete configuration
+        run.json               versions, machine, command
+        log.txt                what was printed, with the time of day
+        metrics.jsonl          one line per logged step
+        checkpoints/step-00001000.pt    everything needed to go on, the newest few
+        samples/step-00001000.png
+        tensorboard/
+        model.safetensors      the model as of the newest checkpoint (averaged weights), for sampling
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lsgm_fast.errors import CheckpointError
+from lsgm_fast.files import atomic_path
+from lsgm_fast.training.config import TrainingConfig, differences, read_config, write_config
+
+logger = logging.getLogger("lsgm_fast")
+
+FORMAT = "lsgm_fast.training"
+VERSION = 1
+_NAME = re.compile(r"^step-(\d+)\.pt$")
+
+
+class RunFolder:
+    """Reads and writes one run's files; nothing is ever half-written."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "log.txt"
+        self.config = self.path / "config.yaml"
+        self.model = self.path / "model.safetensors"
+        self.tensorboard = self.path / "tensorboard"
+
+    def open(self, config: TrainingConfig, environment: dict[str, Any]) -> None:
+        """Make the folder, or check that the run in it has the same configuration.
+
+        Raises:
+            ValueError: the folder holds a run with another configuration; the message lists what differs.
+            NotADirectoryError, FileExistsError: the folder holds something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"{self.path} is a file: give a folder for the run")
+        if self.config.exists():
+            old = TrainingConfig.from_dict(read_config(self.config))
+            changed = differences(old, config)
+            if changed:
+                raise ValueError(
+                    f"{self.path} holds a run with another configuration ({'; '.join(changed)}): "
+                    "give another folder, or the same options to go on with it"
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise FileExistsError(f"{self.path} is not empty and holds no training run: give another folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        self.samples.mkdir(exist_ok=True)
+        write_config(config, self.config)
+        with atomic_path(self.path / "run.json") as temporary:
+            temporary.write_text(json.dumps(environment, indent=1) + "\n")
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (_NAME.match(entry.name) for entry in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}.pt"
+
+    def save(self, state: dict[str, Any], keep: int) -> Path:
+        """Write a checkpoint, then remove all but the newest ``keep``.
+
+        Raises:
+            OSError: it could not be written (disk full, no permission); older ones stay.
+        """
+        path = self.checkpoint(state["step"])
+        try:
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                torch.save({"format": FORMAT, "version": VERSION} | state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:  # PyTorch's writer hides the system's error
+            free = shutil.disk_usage(self.checkpoints).free
+            raise OSError(
+                errno.ENOSPC, f"cannot write the checkpoint ({free / 1e6:.0f} MB free): {error}", str(path)
+            ) from error
+        for old in self.steps()[:-keep]:
+            self.checkpoint(old).unlink(missing_ok=True)
+        return path
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read; None where there is none.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = self.checkpoint(step)
+            try:
+                with open(path, "rb") as file:
+                    state = torch.load(file, map_location="cpu", weights_only=True)
+                if state.get("format") == FORMAT and state.get("version") == VERSION:
+                    return state
+                reason = f"format {state.get('format')!r}, version {state.get('version')!r}"
+            except Exception as error:  # damaged bytes reach every corner of the unpickler
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            logger.warning("checkpoint %s cannot be read and is passed over (%s)", path, reason)
+        if steps:
+            raise CheckpointError(
+                f"no checkpoint in {self.checkpoints} can be read: restore one, or start anew in another folder"
+            )
+        return None
+
+    # -- figures over time --------------------------------------------------------------------------------------
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines."""
+        if not self.metrics.exists():
+            return []
+        lines = []
+        for text in self.metrics.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # the line that a kill cut off
+                continue
+        return lines
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that will be done again."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        with atomic_path(self.metrics) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
