@@ -1,0 +1,95 @@
+"""Sources: random access to 8-bit images of one shape."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lsgm_fast.config import VAEConfig
+from lsgm_fast.images import UInt8Array
+
+Labels = npt.NDArray[np.int64]
+
+
+class ImageSource(Protocol):
+    """Images by number.
+
+    ``name``: for messages. ``shape``: (C, H, W) of every image. ``labels``: (N,) int64 where the source has them.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    labels: Labels | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> UInt8Array:
+        """(C, H, W) uint8."""
+        ...
+
+
+class ArrayImages:
+    """Images in memory: (N, C, H, W) uint8."""
+
+    def __init__(self, name: str, images: UInt8Array, labels: Labels | None = None) -> None:
+        self.name, self.images, self.labels = name, images, labels
+        _, channels, height, width = images.shape
+        self.shape = (channels, height, width)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> UInt8Array:
+        return self.images[index]
+
+
+class Subset:
+    """Some of the images of a source."""
+
+    def __init__(self, source: ImageSource, indices: npt.NDArray[np.int64]) -> None:
+        self.source, self.indices = source, indices
+        self.name, self.shape = source.name, source.shape
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> UInt8Array:
+        return self.source[int(self.indices[index])]
+
+
+def check_data(source: ImageSource, vae: VAEConfig) -> None:
+    """Raise unless the images fit the model: its channels, and its image size with or without the padded border.
+
+    Raises:
+        ValueError: another shape; names both and says which options change it.
+    """
+    natural = vae.image_size - 2 * vae.crop
+    expected = [(vae.image_channels, size, size) for size in sorted({natural, vae.image_size})]
+    if source.shape not in expected:
+        raise ValueError(
+            f"{source.name} has images of shape {source.shape} (channels, height, width), the model takes "
+            f"{' or '.join(map(str, expected))}: set the data's size={natural} and channels={vae.image_channels}, "
+            "or change the model's image_size, crop and image_channels"
+        )
+
+
+def optional_module(module: str, extra: str) -> Any:
+    """An optional package's module, or an error that names the extra that brings it.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise ModuleNotFoundError(
+            f'these data need the package {package}, which is not installed: pip install "lsgm-fast[{extra}]"',
+            name=error.name,
+        ) from None
