@@ -148,7 +148,8 @@ class TrainingConfig(_Config):
     ``precision``: of the networks; losses, weights and optimizers stay in float32. ``recompute``: activations anew in
     the backward pass, for memory. ``clip_norm``: largest norm of each optimizer's gradients. ``ema``: decay of the
     score network's average. Every ``log_every`` steps a line is logged, every ``save_every`` a checkpoint written (the
-    newest ``keep`` stay), every ``sample_every`` a grid of images, every ``eval_every`` the held-out NELBO (0: never).
+    newest ``keep`` stay), every ``sample_every`` a grid of images, every ``eval_every`` the NELBO of
+    up to ``eval_images`` held-out ones (0: never).
     """
 
     stage: str = "vae"
@@ -175,6 +176,7 @@ class TrainingConfig(_Config):
     save_every: int = 1000
     sample_every: int = 2000
     eval_every: int = 2000
+    eval_images: int = 1000
     keep: int = 2
 
     def __post_init__(self) -> None:
@@ -182,7 +184,7 @@ class TrainingConfig(_Config):
             raise unknown_name("stage", self.stage, STAGES)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
-        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
+        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep", "eval_images"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("sample_every", "eval_every"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
@@ -210,7 +212,7 @@ class TrainingConfig(_Config):
 
 
 # What may differ when a run goes on: none of it changes a number of the training itself.
-FREE_TO_CHANGE = ("log_every", "save_every", "sample_every", "eval_every", "keep", "data.workers")
+FREE_TO_CHANGE = ("log_every", "save_every", "sample_every", "eval_every", "eval_images", "keep", "data.workers")
 
 
 def from_mapping(values: dict[str, Any]) -> TrainingConfig:

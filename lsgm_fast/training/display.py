@@ -1,0 +1,169 @@
+"""What a person sees of a training run: progress bar, log, TensorBoard, grids of images."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lsgm_fast import images as image_files
+from lsgm_fast import random
+from lsgm_fast.data import ImageSource, batches, open_data
+from lsgm_fast.evaluation import evaluate_nelbo
+from lsgm_fast.models.lsgm import LSGM
+from lsgm_fast.training.config import TrainingConfig
+from lsgm_fast.training.folder import RunFolder
+
+logger = logging.getLogger("lsgm_fast")
+
+GRID = 36
+SHOWN = ("nelbo", "p_loss", "reconstruction", "kl", "kl_coefficient", "lr_vae", "lr_score")
+
+
+class Display:
+    """Reports one run; silent where ``enabled`` is False, but the files of the run are written by process 0 all the same.
+
+    TensorBoard is optional: without the package there are no event files, and the log says so once.
+    """
+
+    def __init__(self, config: TrainingConfig, folder: RunFolder, enabled: bool) -> None:
+        self.config, self.folder, self.enabled = config, folder, enabled
+        self._bar: tqdm[Any] | None = None
+        self._writer: Any = None
+        self._handler: logging.Handler | None = None
+        self._since, self._images = time.perf_counter(), 0
+        self._failed = False
+
+    def log_to_file(self) -> None:
+        """From now on messages go to the run's log as well."""
+        self._handler = logging.FileHandler(self.folder.log)
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def message(self, text: str) -> None:
+        if self._handler is not None:
+            self._handler.emit(logger.makeRecord(logger.name, logging.INFO, "", 0, text, (), None))
+        if self.enabled:
+            tqdm.write(text) if self._bar is None else self._bar.write(text)
+
+    @contextmanager
+    def open(self, step: int, total: int) -> Iterator[None]:
+        """Bar and event files for the duration of the block."""
+        self._writer = self._tensorboard(step)
+        self._bar = tqdm(
+            initial=step, total=total, desc=self.config.stage, unit="step", disable=not self.enabled, mininterval=0.5
+        )
+        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._bar.close()
+            self._bar = None
+            if self._writer is not None:
+                self._writer.close()
+            if self._handler is not None:
+                self._handler.close()
+
+    def _tensorboard(self, step: int) -> Any:
+        if self._handler is None:  # not the process that writes
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.message('no TensorBoard files: pip install "lsgm-fast[train]" brings them')
+            return None
+        return SummaryWriter(str(self.folder.tensorboard), purge_step=step + 1)
+
+    # -- during the run -----------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """A step is done."""
+        self._images += self.config.batch_size
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, line: dict[str, Any], mixing: torch.Tensor | None) -> None:
+        """The averages since the last line: into the file, the log, TensorBoard and the bar."""
+        seconds = time.perf_counter() - self._since
+        line = line | {"images_per_second": self._images / seconds, "seconds": seconds}
+        if torch.cuda.is_initialized():
+            line["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        self._since, self._images = time.perf_counter(), 0
+        shown = {name: line[name] for name in SHOWN if name in line}
+        text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        try:
+            self.folder.append_metrics(line)
+            self._log_line(f"step {line['step']}: {text}, {line['images_per_second']:.4g} images/s")
+            if self._writer is not None:
+                self._events(line, mixing)
+        except OSError as error:
+            if not self._failed:
+                self.message(f"cannot write the log: {error}; training goes on")
+            self._failed = True
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(text.split(", ")[:3]) + f", {line['images_per_second']:.4g} images/s")
+
+    def _log_line(self, text: str) -> None:
+        if self._handler is not None:
+            self._handler.emit(logger.makeRecord(logger.name, logging.INFO, "", 0, text, (), None))
+
+    def _events(self, line: dict[str, Any], mixing: torch.Tensor | None) -> None:
+        step = line["step"]
+        for name, value in line.items():
+            if isinstance(value, list):
+                for i, item in enumerate(value):
+                    self._writer.add_scalar(f"{name}/{i}", item, step)
+            elif name != "step":
+                self._writer.add_scalar(name, value, step)
+        if mixing is not None:
+            self._writer.add_histogram("mixing_coefficient", mixing.cpu(), step)
+
+    def samples(self, model: LSGM, source: ImageSource, step: int) -> None:
+        """A grid of images from the model; in stage 1 also reconstructions beside their originals."""
+        grids = {}
+        n = GRID
+        if model.prior is not None:
+            grids["samples"] = model.sample(n, seed=0, evaluations=20)
+        else:
+            z = random.normal(0, range(n), "prior", model.latent_shape, device=model.device)
+            grids["samples"] = model.decode(z)
+            config = self.config.data
+            batch = next(iter(batches(source, config, batch_size=min(n // 2, len(source)), seed=0, train=False)))
+            x = batch.images.to(model.device)
+            groups = model.encode(x)
+            lower = [g.eps for g in groups[model.vae.config.groups_per_scale :]]
+            again = model.decode(model.vae.merge_groups([g.eps for g in groups]), lower_noise=lower)
+            grids["reconstructions"] = torch.stack((model.vae.crop_images(x) if x.shape != again.shape else x, again), 1).flatten(0, 1)
+        for name, images in grids.items():
+            grid = image_files.make_grid(image_files.to_uint8(images))
+            path = self.folder.samples / f"{name}-{step:08d}.png"
+            try:
+                image_files.save_png(path, grid)
+                if self._writer is not None:
+                    self._writer.add_image(name, grid, step, dataformats="HWC")
+            except OSError as error:
+                self.message(f"cannot write {path}: {error}")
+
+    def evaluation(self, model: LSGM, step: int) -> None:
+        """The NELBO of held-out images."""
+        config = self.config.data
+        source = open_data(config, "held_out")
+        stream = batches(source, config, batch_size=min(self.config.batch_size, len(source)), seed=0, train=False)
+        report = evaluate_nelbo(model, stream, limit=self.config.eval_images)
+        error = report.nelbo.standard_error or math.nan
+        self.message(
+            f"step {step}: held-out NELBO {report.nelbo.mean:.2f} +- {error:.2f} nats of {report.images} images "
+            f"({report.bits_per_dim.mean:.4f} bits/dim)"
+        )
+        line = {"step": step, "held_out_nelbo": report.nelbo.mean, "held_out_standard_error": error}
+        try:
+            self.folder.append_metrics(line)
+            if self._writer is not None:
+                self._writer.add_scalar("held_out_nelbo", report.nelbo.mean, step)
+        except OSError as failure:
+            self.message(f"cannot write the log: {failure}")

@@ -1,0 +1,155 @@
+"""A training recipe per published configuration, and those of the models that come with lsgm-fast.
+
+The published commands are in ``docs/training.md`` beside their recipe here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lsgm_fast.config import LSGMConfig, SamplingConfig, ScoreConfig, VAEConfig
+from lsgm_fast.data import DataConfig
+from lsgm_fast.errors import unknown_name
+from lsgm_fast.presets import get_preset
+from lsgm_fast.training.config import (
+    KLConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RegularisationConfig,
+    TrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Both stages of one model; the second lacks the path of the first one's result."""
+
+    vae: TrainingConfig
+    lsgm: TrainingConfig
+
+
+# Stage 1 of every published recipe.
+_VAE_OPTIMIZER = OptimizerConfig("adamax", lr=1e-2, lr_min=1e-4, weight_decay=3e-4, eps=1e-3)
+# Stage 2: the VAE goes on with a cosine, the score network at a constant rate.
+_VAE_FINE_TUNING = OptimizerConfig("adam", lr=1e-4, lr_min=1e-5, weight_decay=3e-4, eps=1e-3)
+_CONTINUED_ANNEALING = KLConfig(start=0.7, end=1.0, anneal=0.1)
+
+
+def _score_optimizer(lr: float, lr_min: float | None = None) -> OptimizerConfig:
+    return OptimizerConfig("adam", lr=lr, lr_min=lr if lr_min is None else lr_min, weight_decay=3e-4, eps=1e-4)
+
+
+def _stage1(
+    preset: str, data: DataConfig, batch_size: int, epochs: float, anneal: float, kl_max: float, regularisation: float
+) -> TrainingConfig:
+    return TrainingConfig(
+        stage="vae",
+        model=get_preset(preset),
+        data=data,
+        batch_size=batch_size,
+        epochs=epochs,
+        warmup_epochs=5.0,
+        precision="fp16",
+        vae_optimizer=_VAE_OPTIMIZER,
+        kl=KLConfig(start=1e-4, end=kl_max, hold=1e-4, anneal=anneal),
+        regularisation=RegularisationConfig(vae=regularisation),
+    )
+
+
+def _stage2(
+    stage1: TrainingConfig,
+    objective: ObjectiveConfig,
+    *,
+    preset: str | None = None,
+    batch_size: int,
+    epochs: float,
+    lr: float,
+    warmup: float,
+    regularisation: RegularisationConfig,
+    anneal: bool = False,
+    vae_optimizer: OptimizerConfig = _VAE_FINE_TUNING,
+) -> TrainingConfig:
+    return TrainingConfig(
+        stage="lsgm",
+        model=stage1.model if preset is None else get_preset(preset),
+        data=stage1.data,
+        batch_size=batch_size,
+        epochs=epochs,
+        warmup_epochs=warmup,
+        precision="fp16",
+        vae_optimizer=vae_optimizer,
+        score_optimizer=_score_optimizer(lr),
+        kl=_CONTINUED_ANNEALING if anneal else KLConfig(),
+        objective=objective,
+        regularisation=regularisation,
+    )
+
+
+def _digits() -> Recipe:
+    """The embedded model: small enough for two processor cores and an evening."""
+    vae = VAEConfig(
+        image_channels=1,
+        crop=2,
+        encoder_channels=32,
+        decoder_channels=32,
+        channel_mult=(1, 2, 2),
+        preprocess_blocks=2,
+        preprocess_cells=1,
+        postprocess_blocks=2,
+        postprocess_cells=1,
+        encoder_cells_per_group=1,
+        decoder_cells_per_group=1,
+        groups_per_scale=2,
+        latents_per_group=8,
+        architecture="res_mbconv",
+        decoder_distribution="bernoulli",
+    )
+    score = ScoreConfig(
+        latent_channels=16,
+        latent_size=8,
+        channels=96,
+        channel_mult=(1, 1),
+        blocks_per_level=2,
+        attention_levels=(),
+        resample="plain",
+        mixing_logit_init=-3.0,
+    )
+    model = LSGMConfig(vae, score, sampling=SamplingConfig(ode_eps=1e-5, tol=1e-2))
+    data = DataConfig("digits", binarise="dynamic")
+    stage1 = TrainingConfig(
+        stage="vae",
+        model=model,
+        data=data,
+        batch_size=50,
+        steps=9000,
+        warmup_steps=200,
+        vae_optimizer=OptimizerConfig("adamax", lr=4e-3, lr_min=1e-4, weight_decay=3e-4, eps=1e-3),
+        kl=KLConfig(start=1e-4, end=1.0, hold=1e-4, anneal=0.5),
+        regularisation=RegularisationConfig(vae=1e-2),
+        eval_every=1000,
+    )
+    stage2 = TrainingConfig(
+        stage="lsgm",
+        model=model,
+        data=data,
+        batch_size=50,
+        steps=20000,
+        warmup_steps=500,
+        clip_norm=100.0,
+        ema=0.999,
+        vae_optimizer=_VAE_FINE_TUNING,
+        score_optimizer=_score_optimizer(3e-4, 1e-5),
+        objective=ObjectiveConfig(p_mode="ll_iw"),
+        regularisation=RegularisationConfig(vae=1e-2),
+    )
+    return Recipe(stage1, stage2)
+
+
+RECIPES: dict[str, Recipe] = {"digits": _digits()}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name; an unknown one raises ``ValueError`` with the list and the closest."""
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, RECIPES)
+    return RECIPES[name]
