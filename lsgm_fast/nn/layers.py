@@ -50,19 +50,24 @@ class WeightNormConv2d(nn.Conv2d):
 
 
 @contextmanager
-def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[None]:
-    """Normalise the weights of all ``convs`` in one operation for the duration of the block.
+def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[list[torch.Tensor]]:
+    """Normalise the weights of all ``convs`` in one operation for the duration of the block, and yield them in order.
+
+    Blocks nest: an inner one takes the weights that an outer one prepared (with their graph) and leaves them in place;
+    the block that prepared a weight drops it.
 
     The weights are handed over through the modules themselves, so a model must not be trained in one thread while
     another one runs it.
     """
-    weights = ops.weight_norm([c.direction() for c in convs], [c.log_weight_norm for c in convs])
-    for conv, weight in zip(convs, weights, strict=True):
-        conv.prepared_weight = weight
+    missing = [conv for conv in convs if conv.prepared_weight is None]
     try:
-        yield
+        if missing:
+            weights = ops.weight_norm([c.direction() for c in missing], [c.log_weight_norm for c in missing])
+            for conv, weight in zip(missing, weights, strict=True):
+                conv.prepared_weight = weight
+        yield [conv.prepared_weight for conv in convs]
     finally:
-        for conv in convs:
+        for conv in missing:
             conv.prepared_weight = None
 
 
