@@ -143,6 +143,15 @@ class NVAE(nn.Module):
         """Shapes of the groups that the prior does not cover (higher resolutions, prior N(0, I))."""
         return self.group_shapes[self.config.groups_per_scale :]
 
+    @property
+    def weight_norm_convs(self) -> tuple[WeightNormConv2d, ...]:
+        """All weight-normalised convolutions, encoder first.
+
+        ``with normalized_weights(vae.weight_norm_convs) as weights`` around calls of the model normalises once, and
+        ``weights`` are what these calls use.
+        """
+        return self._all_convs
+
     # -- images -------------------------------------------------------------------------------------------------
 
     def preprocess_images(self, images: torch.Tensor) -> torch.Tensor:

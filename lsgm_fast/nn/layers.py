@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lsgm_fast import ops
+from lsgm_fast import distributed, ops
 
 BN_MOMENTUM = 0.05
 BN_EPS = 1e-5
@@ -50,19 +50,24 @@ class WeightNormConv2d(nn.Conv2d):
 
 
 @contextmanager
-def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[None]:
-    """Normalise the weights of all ``convs`` in one operation for the duration of the block.
+def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[list[torch.Tensor]]:
+    """Normalise the weights of all ``convs`` in one operation for the duration of the block, and yield them in order.
+
+    Blocks nest: an inner one takes the weights that an outer one prepared (with their graph) and leaves them in place;
+    the block that prepared a weight drops it.
 
     The weights are handed over through the modules themselves, so a model must not be trained in one thread while
     another one runs it.
     """
-    weights = ops.weight_norm([c.direction() for c in convs], [c.log_weight_norm for c in convs])
-    for conv, weight in zip(convs, weights, strict=True):
-        conv.prepared_weight = weight
+    missing = [conv for conv in convs if conv.prepared_weight is None]
     try:
-        yield
+        if missing:
+            weights = ops.weight_norm([c.direction() for c in missing], [c.log_weight_norm for c in missing])
+            for conv, weight in zip(missing, weights, strict=True):
+                conv.prepared_weight = weight
+        yield [conv.prepared_weight for conv in convs]
     finally:
-        for conv in convs:
+        for conv in missing:
             conv.prepared_weight = None
 
 
@@ -71,6 +76,7 @@ class BatchNormSwish(nn.Module):
 
     In training mode the batch's statistics normalise and the running ones are updated (momentum 0.05, unbiased
     variance). In eval mode the running statistics normalise, or with ``batch_stats`` the batch's, updating nothing.
+    In a process group, the batch is that of all processes (:func:`lsgm_fast.distributed.batch_moments`).
     """
 
     running_mean: torch.Tensor
@@ -87,22 +93,36 @@ class BatchNormSwish(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
-        y, mean, var = ops.bn_swish(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            batch_stats or self.training,
-            BN_EPS,
-            self.swish,
-        )
+        batch_stats = batch_stats or self.training
+        if batch_stats and distributed.world_size() > 1:
+            y, mean, var = self._over_all_processes(x)
+        else:
+            y, mean, var = ops.bn_swish(
+                x,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                batch_stats,
+                BN_EPS,
+                self.swish,
+            )
         if self.training:
             with torch.no_grad():
                 self.running_mean.lerp_(mean, BN_MOMENTUM)
                 self.running_var.lerp_(var, BN_MOMENTUM)
                 self.num_batches_tracked += 1
         return y
+
+    def _over_all_processes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What :func:`ops.bn_swish` returns with ``batch_stats``, for the batches of all processes together."""
+        mean, var, count = distributed.batch_moments(x)
+        centred = x - mean[:, None, None]
+        scale = self.weight * torch.rsqrt(var + BN_EPS)
+        u = torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
+        y = F.silu(u) if self.swish else u
+        unbiased = var * (count / (count - 1.0).clamp(min=1.0))
+        return y.to(x.dtype), mean.to(self.running_mean.dtype), unbiased.to(self.running_var.dtype)
 
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, shift) of the normalisation with running statistics."""

@@ -1,0 +1,221 @@
+"""Many processes: thin helpers on torch.distributed, and batch statistics over all processes.
+
+Every function does the right thing in a single process without a process group.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What ``torchrun`` tells every process that it starts."""
+
+_BATCH_DIMS = (0, 2, 3)
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if _initialised() else 1
+
+
+def rank() -> int:
+    """Number of this process, 0 to ``world_size() - 1``; 0 without a process group."""
+    return dist.get_rank() if _initialised() else 0
+
+
+def is_main() -> bool:
+    """Whether this is process 0, the one that writes files and messages."""
+    return rank() == 0
+
+
+def init(device: str | torch.device | None = None) -> torch.device:
+    """Join the process group that ``torchrun`` describes in the environment (:data:`VARIABLES`).
+
+    Without these variables this is a single process, and nothing is started. The group uses NCCL where every process
+    of this machine has a CUDA device of its own, gloo otherwise.
+
+    Args:
+        device: kind of device, ``"cuda"`` or ``"cpu"``; None: CUDA where every process of this machine has a device.
+            With ``"cuda"`` and more processes than devices, they share the devices, over gloo.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        ValueError: some of the variables are set and others not, a number among them is none, or ``device`` is CUDA
+            and there is none.
+    """
+    kind = None if device is None else torch.device(device).type
+    devices = torch.cuda.device_count()
+    if kind == "cuda" and devices == 0:
+        raise ValueError(f"device {str(device)!r} was asked for, but PyTorch sees no CUDA device: use 'cpu'")
+    found = [name for name in VARIABLES if os.environ.get(name)]
+    if not found:
+        return torch.device(device if device is not None else ("cuda" if devices else "cpu"))
+    if missing := [name for name in VARIABLES if name not in found]:
+        raise ValueError(
+            f"the environment describes a process group only in part: {', '.join(found)} set, {', '.join(missing)} "
+            "not; start with torchrun, which sets all of them, or unset the former for a single process"
+        )
+    size, local = _number("WORLD_SIZE"), _number("LOCAL_RANK")
+    # torchrun says how many processes share this machine; without it all of them might.
+    on_this_machine = _number("LOCAL_WORLD_SIZE") if os.environ.get("LOCAL_WORLD_SIZE") else size
+    own_device = devices >= on_this_machine
+    if kind is None:
+        kind = "cuda" if devices and own_device else "cpu"
+    chosen = torch.device(kind, local % devices) if kind == "cuda" else torch.device(kind)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if not _initialised():
+        if chosen.type == "cuda" and own_device:
+            dist.init_process_group("nccl", rank=_number("RANK"), world_size=size, device_id=chosen)
+        else:
+            dist.init_process_group("gloo", rank=_number("RANK"), world_size=size)
+    return chosen
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if _initialised():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if _initialised():
+        dist.barrier()
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """The ``value`` of process ``source``, in every process; anything that can be pickled."""
+    if not _initialised():
+        return value
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=source)
+    return values[0]
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over the processes of a floating-point tensor that has the same shape in all of them.
+
+    A new tensor of the same dtype and device, without a gradient; summed in float32 or wider.
+
+    Raises:
+        ValueError: not a floating-point tensor.
+    """
+    if not tensor.is_floating_point():
+        raise ValueError(f"all_reduce_mean expects a floating-point tensor, got {tensor.dtype}: convert it")
+    total = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+    return (_all_reduce(total) / world_size()).to(tensor.dtype)
+
+
+def batch_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and biased variance of every channel over (N, H, W) of the batches of all processes, differentiable.
+
+    Each process computes count n_k, mean m_k and sum of squared deviations M2_k of its own batch. One collective
+    gathers them, and with n = sum n_k::
+
+        mean = sum n_k m_k / n
+        var = (sum M2_k + sum n_k (m_k - mean)^2) / n
+
+    (Chan, Golub, LeVeque 1979), which does not cancel as E[x^2] - E[x]^2 does, and holds for unequal batches. The
+    backward sums the gradients of mean and variance over the processes with one collective, so that x gets the
+    gradient of the *sum* of the processes' losses. DistributedDataParallel divides by the number of processes: with
+    losses that are means over equal batches, its gradients are those of the mean over the global batch.
+
+    Every process has to call this, and its backward, equally often; a batch may be empty (N = 0).
+
+    Args:
+        x: (N, C, H, W), any floating dtype, C the same in all processes. Arithmetic is float32 or wider.
+
+    Returns:
+        ``(mean (C,), var (C,), count)``, the first two float32 or wider; count is n as 0-d float64 without a
+        gradient, on the device of x. An empty global batch has mean and variance 0.
+
+    Raises:
+        ValueError: x is not 4-D or not floating-point.
+    """
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"batch_moments expects a floating-point x (N, C, H, W), got {x.dtype} {tuple(x.shape)}"
+        )
+    return _BatchMoments.apply(x)
+
+
+class _BatchMoments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        channels = x.shape[1]
+        local = x.shape[0] * x.shape[2] * x.shape[3]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # Counts are exact in float64 (not in float32 beyond 2^24), and 2 C + 1 numbers cost nothing in it.
+        packed = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+        if local:
+            variance, mean = torch.var_mean(wide, dim=_BATCH_DIMS, correction=0)
+            packed[:channels] = mean
+            packed[channels:-1] = variance.double() * local
+            packed[-1] = local
+        gathered = _all_gather(packed)
+        means, squares, counts = gathered[:, :channels], gathered[:, channels:-1], gathered[:, -1:]
+        count = counts.sum()
+        divisor = count.clamp(min=1.0)
+        mean = (counts * means).sum(dim=0) / divisor
+        variance = (squares + counts * (means - mean).square()).sum(dim=0) / divisor
+        mean, variance = mean.to(wide.dtype), variance.to(wide.dtype)
+        ctx.save_for_backward(x, mean, divisor)
+        ctx.mark_non_differentiable(count)
+        return mean, variance, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_mean: torch.Tensor, d_variance: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        x, mean, count = ctx.saved_tensors
+        # The statistics of this batch went into the losses of all processes.
+        d_mean, d_variance = _all_reduce(torch.stack((d_mean, d_variance))) / count
+        d_mean, d_variance, mean = (v[:, None, None] for v in (d_mean, d_variance, mean))
+        return (d_mean + 2.0 * d_variance * (x - mean)).to(x.dtype)
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise ValueError(
+            f"environment variable {name}={os.environ[name]!r}: expected a whole number"
+        ) from None
+
+
+def _transport(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where the group's collectives take it: NCCL's on CUDA devices, gloo's on the CPU."""
+    return tensor.cuda() if "nccl" in dist.get_backend() else tensor.cpu()
+
+
+def _all_gather(flat: torch.Tensor) -> torch.Tensor:
+    """(n,) of every process as (world size, n), in the order of the ranks."""
+    if not _initialised():
+        return flat[None]
+    own = _transport(flat)
+    # gloo takes the results one after the other, not stacked.
+    gathered = own.new_empty(world_size() * own.shape[0])
+    dist.all_gather_into_tensor(gathered, own)
+    return gathered.view(world_size(), -1).to(flat.device)
+
+
+def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the processes; ``tensor`` may be overwritten."""
+    if not _initialised():
+        return tensor
+    total = _transport(tensor).contiguous()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
