@@ -26,6 +26,9 @@ from lsgm_fast.weighting import iw_quantities
 logger = logging.getLogger("lsgm_fast")
 
 DEFAULT_BATCH_SIZE = 64
+LIKELIHOOD_MODES = ("ll_iw", "ll_uniform")
+PRIORS = ("score", "normal")
+"""Names of the priors that :meth:`LSGM.nelbo` accepts."""
 
 
 @runtime_checkable
@@ -73,14 +76,21 @@ class SamplingInfo:
 
 @dataclass(frozen=True)
 class Nelbo:
-    """Negative evidence lower bound per image, (N,) nats, and its parts: ``total = reconstruction + log_q +
-    cross_entropy_prior + cross_entropy_lower``."""
+    """Negative evidence lower bound per image, (N,) nats, and its parts.
+
+    ``total = reconstruction + log_q + cross_entropy_prior + cross_entropy_lower``, the last two of the scale of lowest
+    resolution with its prior, and of the other scales with N(0, I). ``kl_scales`` (N, S), from the lowest resolution
+    up, and ``kl_groups`` (N, G), in decoder order, are log q plus cross entropy of each scale and group; their sums are
+    ``total - reconstruction``. ``kl_groups`` is None for a cross entropy that does not split into groups.
+    """
 
     total: torch.Tensor
     reconstruction: torch.Tensor
     log_q: torch.Tensor
     cross_entropy_prior: torch.Tensor
     cross_entropy_lower: torch.Tensor
+    kl_scales: torch.Tensor
+    kl_groups: torch.Tensor | None
 
 
 class LSGM(nn.Module):
@@ -151,7 +161,7 @@ class LSGM(nn.Module):
         if self.prior is None:
             raise ValueError(
                 "this model holds only a VAE (a stage-1 checkpoint): sampling and likelihood need a score-based prior; "
-                "encode() and decode() work"
+                "encode() and decode() work, and nelbo() with prior='normal'"
             )
         return self.prior
 
@@ -509,6 +519,8 @@ class LSGM(nn.Module):
         rho: torch.Tensor | None = None,
         iw_mode: str | None = None,
         seed: int = 0,
+        prior: str | Callable[[torch.Tensor], torch.Tensor] | None = None,
+        time_eps: float | None = None,
     ) -> Nelbo:
         """One-sample estimate of the negative evidence lower bound (paper, equation 5 and Theorem 1).
 
@@ -517,67 +529,118 @@ class LSGM(nn.Module):
 
         Args:
             x: images (N, C, H, W) in [0, 1]. noise: per-group posterior draws. diffusion_noise: (N, *latent_shape).
-            rho: (N,) uniforms in (0, 1) that choose the times. iw_mode: a likelihood-weighted mode, ``"ll_iw"`` or
-                ``"ll_uniform"``; None: ``"ll_iw"`` where the SDE has it. Draws left out come from ``seed``.
+            rho: (N,) uniforms in (0, 1) that choose the times. iw_mode: a likelihood-weighted mode, ``"ll_iw"`` (on the
+                sub-VPSDE with the VPSDE's times) or ``"ll_uniform"`` (as published, without the factor 1 - time_eps of
+                the integral); None: ``"ll_uniform"`` on the sub-VPSDE, else ``"ll_iw"``. Draws left out come from
+                ``seed``.
+            prior: of the lowest-resolution scale: ``"score"``; ``"normal"``, N(0, I), which the other scales always
+                have; or a function of the latents z0 (N, *latent_shape) that returns -log p(z0) or an estimate of it,
+                in nats per element or, (N,), per image. None: the score-based prior, N(0, I) for a VAE alone.
+            time_eps: where the integral over time starts; None: the SDE's. The bound is that of latents diffused to
+                this time. diffusion_noise, rho, iw_mode and time_eps are for the score-based prior only.
 
         Raises:
-            ValueError: as :meth:`encode`; a mode that does not weight by likelihood. TypeError: the VAE is no NVAE.
+            ValueError: as :meth:`encode`; an unknown prior, or a score-based one that the model lacks; a mode that does
+                not weight by likelihood; a time_eps where the SDE has no variance. TypeError: the VAE is no NVAE.
         """
         vae = self.vae
         if not isinstance(vae, NVAE):
             raise TypeError(f"nelbo() needs an NVAE, got {type(vae).__name__}")
+        if prior is None:
+            prior = "normal" if self.prior is None else "score"
+        if prior == "normal":
+            cross_entropy = _normal_cross_entropy
+        elif prior == "score":
+            cross_entropy = self._score_cross_entropy(diffusion_noise, rho, iw_mode, seed, time_eps)
+        elif callable(prior):
+            cross_entropy = prior
+        else:
+            raise unknown_name("prior", prior, PRIORS)
+        x = vae.preprocess_images(x).to(self.dtype)
+        logits, groups = vae(x, noise, seed)
+        reconstruction = vae.reconstruction_loss(logits, x)
+        log_q_groups = torch.stack([g.log_q.flatten(1).sum(dim=1) for g in groups], dim=1)
+
+        n, in_prior = x.shape[0], vae.config.groups_per_scale
+        entropy = cross_entropy(vae.merge_groups([g.eps for g in groups]))
+        if tuple(entropy.shape) not in ((n,), (n, *self.latent_shape)):
+            raise ValueError(
+                f"the prior must return -log p per image ({n},) or per element {(n, *self.latent_shape)}, "
+                f"got {tuple(entropy.shape)}"
+            )
+        splits = entropy.dim() > 1
+        # (N, groups that the prior covers), or (N, 1) where the density is only known as a whole
+        covered = entropy.reshape(n, in_prior if splits else 1, -1).sum(dim=2)
+        lower = [_normal_cross_entropy(g.eps).flatten(1).sum(dim=1) for g in groups[in_prior:]]
+        lower_groups = torch.stack(lower, dim=1) if lower else covered.new_zeros(n, 0)
+        prior_part, lower_part = covered.sum(dim=1), lower_groups.sum(dim=1)
+        log_q = log_q_groups.sum(dim=1)
+
+        kl_lower = log_q_groups[:, in_prior:] + lower_groups
+        kl_groups = torch.cat((log_q_groups[:, :in_prior] + covered, kl_lower), dim=1) if splits else None
+        kl_prior = log_q_groups[:, :in_prior].sum(dim=1) + prior_part
+        kl_scales = torch.cat((kl_prior[:, None], kl_lower.reshape(n, -1, in_prior).sum(dim=2)), dim=1)
+        total = reconstruction + log_q + prior_part + lower_part
+        return Nelbo(total, reconstruction, log_q, prior_part, lower_part, kl_scales, kl_groups)
+
+    def _score_cross_entropy(
+        self,
+        noise: torch.Tensor | None,
+        rho: torch.Tensor | None,
+        iw_mode: str | None,
+        seed: int,
+        time_eps: float | None,
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The one-sample estimate of the cross entropy, elementwise, as a function of the latents."""
         self._network()
         if iw_mode is None:
             iw_mode = "ll_uniform" if self.sde.name == "sub_vpsde" else "ll_iw"
-        if iw_mode not in ("ll_iw", "ll_uniform"):
-            raise unknown_name(
-                "likelihood-weighted importance sampling mode", iw_mode, ("ll_iw", "ll_uniform")
-            )
-        x = vae.preprocess_images(x).to(self.dtype)
-        n = x.shape[0]
-        logits, groups = vae(x, noise, seed)
-        reconstruction = vae.reconstruction_loss(logits, x)
-        log_q = torch.stack([g.log_q.flatten(1).sum(dim=1) for g in groups]).sum(dim=0)
-
-        z0 = vae.merge_groups([g.eps for g in groups])
-        if diffusion_noise is None:
-            diffusion_noise = random.normal(
-                seed, range(n), "diffusion", self.latent_shape, dtype=z0.dtype, device=z0.device
-            )
-        if rho is None:
-            rho = random.uniform(seed, range(n), "time", (), device=z0.device)
-            rho = rho.to(torch.promote_types(z0.dtype, torch.float32))
-        elif tuple(rho.shape) != (n,):
-            raise ValueError(f"expected rho of shape ({n},), got {tuple(rho.shape)}")
-        elif not bool(((rho >= 0.0) & (rho <= 1.0)).all()):
-            raise ValueError(
-                f"rho must be in [0, 1], got values from {float(rho.min())} to {float(rho.max())}"
-            )
-        iw = iw_quantities(self.sde, rho, iw_mode)
-        z_t = ops.diffuse(z0, diffusion_noise, iw.m, iw.var)
-        const = float(self.sde.cross_entropy_const(self.sde.time_eps))
+        if iw_mode not in LIKELIHOOD_MODES:
+            raise unknown_name("likelihood-weighted importance sampling mode", iw_mode, LIKELIHOOD_MODES)
+        start = self.sde.time_eps if time_eps is None else float(time_eps)
+        if not 0.0 <= start < 1.0:
+            raise ValueError(f"time_eps must be in [0, 1), got {start}")
+        const = float(self.sde.cross_entropy_const(start))
         if not math.isfinite(const):
             raise ValueError(
-                f"{self.sde.name} has zero variance at time_eps={self.sde.time_eps}: "
-                "the cross entropy needs time_eps > 0"
+                f"{self.sde.name} has zero variance at time_eps={start}: the cross entropy needs time_eps > 0"
             )
-        prediction = self.predict_noise(z_t, iw.t)
-        _, cross_entropy = ops.score_matching_loss(
-            prediction, diffusion_noise, iw.weight_p, iw.weight_q, const
-        )
-        assert cross_entropy is not None
-        prior = cross_entropy.flatten(1).sum(dim=1)
-        lower = torch.zeros_like(prior)
-        for group in groups[vae.config.groups_per_scale :]:
-            lower = lower + (0.5 * group.eps.square() + 0.5 * math.log(2.0 * math.pi)).flatten(1).sum(dim=1)
-        total = reconstruction + log_q + prior + lower
-        return Nelbo(total, reconstruction, log_q, prior, lower)
+
+        def estimate(z0: torch.Tensor) -> torch.Tensor:
+            n = z0.shape[0]
+            eps, times = noise, rho
+            if eps is None:
+                eps = random.normal(
+                    seed, range(n), "diffusion", self.latent_shape, dtype=z0.dtype, device=z0.device
+                )
+            if times is None:
+                times = random.uniform(seed, range(n), "time", (), device=z0.device)
+                times = times.to(torch.promote_types(z0.dtype, torch.float32))
+            elif tuple(times.shape) != (n,):
+                raise ValueError(f"expected rho of shape ({n},), got {tuple(times.shape)}")
+            elif not bool(((times >= 0.0) & (times <= 1.0)).all()):
+                raise ValueError(
+                    f"rho must be in [0, 1], got values from {float(times.min())} to {float(times.max())}"
+                )
+            iw = iw_quantities(self.sde, times, iw_mode, start, subvp_like_vp=iw_mode == "ll_iw")
+            z_t = ops.diffuse(z0, eps, iw.m, iw.var)
+            prediction = self.predict_noise(z_t, iw.t)
+            _, cross_entropy = ops.score_matching_loss(prediction, eps, iw.weight_p, iw.weight_q, const)
+            assert cross_entropy is not None
+            return cross_entropy
+
+        return estimate
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and configuration to one safetensors file (written aside, then renamed)."""
         from lsgm_fast import checkpoints
 
         checkpoints.save(self, path)
+
+
+def _normal_cross_entropy(eps: torch.Tensor) -> torch.Tensor:
+    """-log N(eps; 0, 1), elementwise nats."""
+    return 0.5 * eps.square() + 0.5 * math.log(2.0 * math.pi)
 
 
 def _check_temperature(name: str, value: float) -> None:
