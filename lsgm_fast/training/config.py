@@ -39,7 +39,7 @@ class OptimizerConfig(_Config):
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise unknown_name("optimizer", self.name, OPTIMIZERS)
-        _require(0.0 < self.lr, f"lr must be positive, got {self.lr}")
+        _require(self.lr > 0.0, f"lr must be positive, got {self.lr}")
         _require(0.0 <= self.lr_min <= self.lr, f"lr_min must be in [0, lr={self.lr}], got {self.lr_min}")
         _require(self.weight_decay >= 0.0, f"weight_decay must not be negative, got {self.weight_decay}")
         _require(
@@ -62,7 +62,9 @@ class KLConfig(_Config):
     balance: bool = True
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.start <= self.end, f"expected 0 <= start <= end, got {self.start} and {self.end}")
+        _require(
+            0.0 <= self.start <= self.end, f"expected 0 <= start <= end, got {self.start} and {self.end}"
+        )
         for name in ("hold", "anneal"):
             value = getattr(self, name)
             _require(0.0 <= value <= 1.0, f"{name} is a share of the steps in [0, 1], got {value}")
@@ -131,7 +133,9 @@ class RegularisationConfig(_Config):
     score_convolutions: bool = True
 
     def __post_init__(self) -> None:
-        _require(min(self.vae, self.score) >= 0.0, f"lambda must not be negative, got {self.vae}, {self.score}")
+        _require(
+            min(self.vae, self.score) >= 0.0, f"lambda must not be negative, got {self.vae}, {self.score}"
+        )
         _require(
             self.vae_start is None or (self.vae_start > 0.0 and self.vae > 0.0),
             f"vae_start is interpolated in the logarithm to vae: both must be positive, got {self.vae_start}",
@@ -145,8 +149,8 @@ class TrainingConfig(_Config):
     ``stage``: ``"vae"`` (stage 1) or ``"lsgm"`` (stage 2). ``vae``: the stage-1 file that stage 2 starts from.
     ``batch_size``: images per step, over all processes and the ``accumulate`` parts that a step may be split into.
     Length: ``steps``, or ``epochs`` where that is None. ``warmup_epochs``, ``warmup_steps``: likewise.
-    ``precision``: of the networks; losses, weights and optimizers stay in float32. ``recompute``: activations anew in
-    the backward pass, for memory. ``clip_norm``: largest norm of each optimizer's gradients. ``ema``: decay of the
+    ``precision``: of the networks; losses, weights and optimizers stay in float32. ``channels_last``:
+    memory format of the networks. ``recompute``: activations anew in the backward pass, for memory. ``clip_norm``: largest norm of each optimizer's gradients. ``ema``: decay of the
     score network's average. Every ``log_every`` steps a line is logged, every ``save_every`` a checkpoint written (the
     newest ``keep`` stay), every ``sample_every`` a grid of images, every ``eval_every`` the NELBO of
     up to ``eval_images`` held-out ones (0: never).
@@ -164,6 +168,7 @@ class TrainingConfig(_Config):
     warmup_steps: int | None = None
     seed: int = 0
     precision: str = "fp32"
+    channels_last: bool = False
     recompute: bool = False
     clip_norm: float | None = None
     ema: float = 0.9999
@@ -191,7 +196,10 @@ class TrainingConfig(_Config):
         _require(self.steps is None or self.steps >= 1, f"steps must be at least 1, got {self.steps}")
         _require(self.epochs > 0.0, f"epochs must be positive, got {self.epochs}")
         _require(0.0 <= self.ema < 1.0, f"ema must be in [0, 1), got {self.ema}")
-        _require(self.clip_norm is None or self.clip_norm > 0.0, f"clip_norm must be positive, got {self.clip_norm}")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0.0,
+            f"clip_norm must be positive, got {self.clip_norm}",
+        )
         _require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63 - 1, got {self.seed}")
         _require(
             self.batch_size % self.accumulate == 0,
@@ -202,7 +210,9 @@ class TrainingConfig(_Config):
 
     def total_steps(self, images: int) -> int:
         """Steps of the whole run on a data set of that size."""
-        return self.steps if self.steps is not None else max(1, round(self.epochs * (images // self.batch_size)))
+        return (
+            self.steps if self.steps is not None else max(1, round(self.epochs * (images // self.batch_size)))
+        )
 
     def warmup(self, images: int) -> int:
         """Steps of the warm-up."""
@@ -212,7 +222,15 @@ class TrainingConfig(_Config):
 
 
 # What may differ when a run goes on: none of it changes a number of the training itself.
-FREE_TO_CHANGE = ("log_every", "save_every", "sample_every", "eval_every", "eval_images", "keep", "data.workers")
+FREE_TO_CHANGE = (
+    "log_every",
+    "save_every",
+    "sample_every",
+    "eval_every",
+    "eval_images",
+    "keep",
+    "data.workers",
+)
 
 
 def from_mapping(values: dict[str, Any]) -> TrainingConfig:
@@ -228,7 +246,7 @@ def from_mapping(values: dict[str, Any]) -> TrainingConfig:
     elif isinstance(model, dict) and "preset" in model:
         model = dict(model)
         base = get_preset(model.pop("preset")).to_dict()
-        values["model"] = _merged(base, model, "model")
+        values["model"] = merged(base, model)
     return TrainingConfig.from_dict(values)
 
 
@@ -275,17 +293,19 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         change = yaml.safe_load(text)
         for key in reversed(path.split(".")):
             change = {key: change}
-        values = _merged(values, change, "")
+        values = merged(values, change)
     return values
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` put in, mapping by mapping. A preset's name under ``model`` can be changed in parts."""
     out = dict(base)
     for key, value in changes.items():
         old = out.get(key)
-        if isinstance(old, str) and isinstance(value, dict) and key == "model":
+        if key == "model" and isinstance(old, str) and isinstance(value, dict):
             old = {"preset": old}
-        out[key] = _merged(old, value, f"{where}.{key}") if isinstance(value, dict) and isinstance(old, dict) else value
+        both = isinstance(value, dict) and isinstance(old, dict)
+        out[key] = merged(old, value) if both else value  # type: ignore[arg-type]
     return out
 
 

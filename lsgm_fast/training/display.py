@@ -56,7 +56,12 @@ class Display:
         """Bar and event files for the duration of the block."""
         self._writer = self._tensorboard(step)
         self._bar = tqdm(
-            initial=step, total=total, desc=self.config.stage, unit="step", disable=not self.enabled, mininterval=0.5
+            initial=step,
+            total=total,
+            desc=self.config.stage,
+            unit="step",
+            disable=not self.enabled,
+            mininterval=0.5,
         )
         self._since = time.perf_counter()
         try:
@@ -106,7 +111,9 @@ class Display:
                 self.message(f"cannot write the log: {error}; training goes on")
             self._failed = True
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(text.split(", ")[:3]) + f", {line['images_per_second']:.4g} images/s")
+            self._bar.set_postfix_str(
+                ", ".join(text.split(", ")[:3]) + f", {line['images_per_second']:.4g} images/s"
+            )
 
     def _log_line(self, text: str) -> None:
         if self._handler is not None:
@@ -133,12 +140,16 @@ class Display:
             z = random.normal(0, range(n), "prior", model.latent_shape, device=model.device)
             grids["samples"] = model.decode(z)
             config = self.config.data
-            batch = next(iter(batches(source, config, batch_size=min(n // 2, len(source)), seed=0, train=False)))
+            batch = next(
+                iter(batches(source, config, batch_size=min(n // 2, len(source)), seed=0, train=False))
+            )
             x = batch.images.to(model.device)
             groups = model.encode(x)
             lower = [g.eps for g in groups[model.vae.config.groups_per_scale :]]
             again = model.decode(model.vae.merge_groups([g.eps for g in groups]), lower_noise=lower)
-            grids["reconstructions"] = torch.stack((model.vae.crop_images(x) if x.shape != again.shape else x, again), 1).flatten(0, 1)
+            grids["reconstructions"] = torch.stack(
+                (model.vae.crop_images(x) if x.shape != again.shape else x, again), 1
+            ).flatten(0, 1)
         for name, images in grids.items():
             grid = image_files.make_grid(image_files.to_uint8(images))
             path = self.folder.samples / f"{name}-{step:08d}.png"
@@ -153,7 +164,9 @@ class Display:
         """The NELBO of held-out images."""
         config = self.config.data
         source = open_data(config, "held_out")
-        stream = batches(source, config, batch_size=min(self.config.batch_size, len(source)), seed=0, train=False)
+        stream = batches(
+            source, config, batch_size=min(self.config.batch_size, len(source)), seed=0, train=False
+        )
         report = evaluate_nelbo(model, stream, limit=self.config.eval_images)
         error = report.nelbo.standard_error or math.nan
         self.message(

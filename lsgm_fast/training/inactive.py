@@ -15,9 +15,7 @@ HIDDEN_LOGIT = -15.0
 
 
 @torch.no_grad()
-def inactive_channels(
-    vae: NVAE, batches: Iterable[torch.Tensor], threshold: float, seed: int
-) -> list[int]:
+def inactive_channels(vae: NVAE, batches: Iterable[torch.Tensor], threshold: float, seed: int) -> list[int]:
     """Channels of the prior's latent whose KL from N(0, I), summed over pixels, is at most ``threshold`` nats.
 
     Averaged over the images (N, C, H, W) in [0, 1] of ``batches``, with running BatchNorm statistics.
@@ -32,7 +30,9 @@ def inactive_channels(
             for i, shape in enumerate(vae.group_shapes)
         ]
         groups = vae.encode(x, noise)[: vae.config.groups_per_scale]
-        kl = torch.cat([g.log_q + 0.5 * g.eps.square() + 0.5 * math.log(2.0 * math.pi) for g in groups], dim=1)
+        kl = torch.cat(
+            [g.log_q + 0.5 * g.eps.square() + 0.5 * math.log(2.0 * math.pi) for g in groups], dim=1
+        )
         total += kl.sum(dim=(0, 2, 3)).double().cpu()
         count += n
     vae.train(mode)

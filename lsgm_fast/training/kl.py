@@ -31,7 +31,11 @@ def regularisation_weight(start: float | None, end: float, coefficient: float) -
 def group_scales(config: VAEConfig) -> torch.Tensor:
     """alpha per group, (G,): ``(2^i)^2 / groups`` of scale i, divided by the smallest; more where latents are larger."""
     alpha = torch.tensor(
-        [4.0**i / config.groups_per_scale for i in range(config.latent_scales) for _ in range(config.groups_per_scale)]
+        [
+            4.0**i / config.groups_per_scale
+            for i in range(config.latent_scales)
+            for _ in range(config.groups_per_scale)
+        ]
     )
     return alpha / alpha.min()
 

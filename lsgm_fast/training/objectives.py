@@ -175,7 +175,10 @@ class LSGMObjective(nn.Module):
             z0 = self.vae.merge_groups([g.eps for g in groups])
             p_loss, _ = self._errors(z0, draws.noise, self._times(draws.rho, c.p_mode), self.prior)
             p_loss = p_loss.mean()
-            return p_loss + regularisation, {"p_loss": p_loss.detach(), "regularisation": regularisation.detach()}
+            return p_loss + regularisation, {
+                "p_loss": p_loss.detach(),
+                "regularisation": regularisation.detach(),
+            }
 
         with normalized_weights(self.vae.weight_norm_convs) as convolutions:
             logits, groups = self.vae(x, draws.posterior)
@@ -197,7 +200,9 @@ class LSGMObjective(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Algorithm 1: (weighted KL, p loss, KL (N, G))."""
         assert draws.noise is not None and draws.rho is not None
-        p_loss, cross_entropy = self._errors(z0, draws.noise, self._times(draws.rho, self.config.p_mode), self.prior)
+        p_loss, cross_entropy = self._errors(
+            z0, draws.noise, self._times(draws.rho, self.config.p_mode), self.prior
+        )
         kl = self._kl(groups, self._per_group(cross_entropy))
         gamma = _coefficients(kl, self._alpha, weights)
         return (gamma * kl).sum(dim=1).mean(), p_loss.mean(), kl
@@ -302,7 +307,11 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
-    return x.float().flatten(1).sum(dim=1) if x.dtype in (torch.float16, torch.bfloat16) else x.flatten(1).sum(dim=1)
+    return (
+        x.float().flatten(1).sum(dim=1)
+        if x.dtype in (torch.float16, torch.bfloat16)
+        else x.flatten(1).sum(dim=1)
+    )
 
 
 def _normal_cross_entropy(eps: torch.Tensor) -> torch.Tensor:
@@ -346,9 +355,7 @@ def vae_regularisation(
     return regulariser([*weight_normed, *plain], gammas)
 
 
-def score_regularisation(
-    prior: NCSNpp, regulariser: SpectralRegulariser, convolutions: bool
-) -> torch.Tensor:
+def score_regularisation(prior: NCSNpp, regulariser: SpectralRegulariser, convolutions: bool) -> torch.Tensor:
     """R of the score network: its convolutions (on request) and the scales of all GroupNorms."""
     weights = [m.weight for m in prior.modules() if isinstance(m, nn.Conv2d)] if convolutions else []
     gammas = [m.weight for m in prior.modules() if isinstance(m, GroupNormSwish)]

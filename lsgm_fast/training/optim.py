@@ -44,7 +44,9 @@ class EMA:
         self.decay = decay
         self._names, parameters = zip(*module.named_parameters(), strict=True)
         self._parameters = list(parameters)
-        self._averages = [p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        self._averages = [
+            p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for p in parameters
+        ]
 
     @torch.no_grad()
     def update(self) -> None:

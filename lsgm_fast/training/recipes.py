@@ -36,11 +36,19 @@ _CONTINUED_ANNEALING = KLConfig(start=0.7, end=1.0, anneal=0.1)
 
 
 def _score_optimizer(lr: float, lr_min: float | None = None) -> OptimizerConfig:
-    return OptimizerConfig("adam", lr=lr, lr_min=lr if lr_min is None else lr_min, weight_decay=3e-4, eps=1e-4)
+    return OptimizerConfig(
+        "adam", lr=lr, lr_min=lr if lr_min is None else lr_min, weight_decay=3e-4, eps=1e-4
+    )
 
 
 def _stage1(
-    preset: str, data: DataConfig, batch_size: int, epochs: float, anneal: float, kl_max: float, regularisation: float
+    preset: str,
+    data: DataConfig,
+    batch_size: int,
+    epochs: float,
+    anneal: float,
+    kl_max: float,
+    regularisation: float,
 ) -> TrainingConfig:
     return TrainingConfig(
         stage="vae",
@@ -90,8 +98,8 @@ def _digits() -> Recipe:
     vae = VAEConfig(
         image_channels=1,
         crop=2,
-        encoder_channels=32,
-        decoder_channels=32,
+        encoder_channels=24,
+        decoder_channels=24,
         channel_mult=(1, 2, 2),
         preprocess_blocks=2,
         preprocess_cells=1,
@@ -101,7 +109,7 @@ def _digits() -> Recipe:
         decoder_cells_per_group=1,
         groups_per_scale=2,
         latents_per_group=8,
-        architecture="res_mbconv",
+        architecture="res_bnswish",
         decoder_distribution="bernoulli",
     )
     score = ScoreConfig(
@@ -121,8 +129,9 @@ def _digits() -> Recipe:
         model=model,
         data=data,
         batch_size=50,
-        steps=9000,
+        steps=12000,
         warmup_steps=200,
+        channels_last=True,
         vae_optimizer=OptimizerConfig("adamax", lr=4e-3, lr_min=1e-4, weight_decay=3e-4, eps=1e-3),
         kl=KLConfig(start=1e-4, end=1.0, hold=1e-4, anneal=0.5),
         regularisation=RegularisationConfig(vae=1e-2),
@@ -135,6 +144,7 @@ def _digits() -> Recipe:
         batch_size=50,
         steps=20000,
         warmup_steps=500,
+        channels_last=True,
         clip_norm=100.0,
         ema=0.999,
         vae_optimizer=_VAE_FINE_TUNING,

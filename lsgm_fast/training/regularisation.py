@@ -57,7 +57,9 @@ class SpectralRegulariser:
         if u is None or v is None or u.shape[0] != n:
             iterations = FIRST_ITERATIONS
             u, v = (
-                F.normalize(random.normal(self.seed, range(n), f"spectral.{key}", (size,), substream=i), dim=1)
+                F.normalize(
+                    random.normal(self.seed, range(n), f"spectral.{key}", (size,), substream=i), dim=1
+                )
                 for i, size in enumerate(shape)
             )
         u, v = u.to(stack), v.to(stack)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lsgm_fast import distributed
-from lsgm_fast.config import LSGMConfig
 from lsgm_fast.data import Batch, batches, check_data, open_data
 from lsgm_fast.errors import NonFiniteError
 from lsgm_fast.models.lsgm import LSGM
@@ -100,7 +98,10 @@ class Trainer:
         self.model = self._build_model()
         self.step = 0
         self._inactive: list[int] = []
-        self._regularisers = {"vae": SpectralRegulariser(config.seed), "score": SpectralRegulariser(config.seed)}
+        self._regularisers = {
+            "vae": SpectralRegulariser(config.seed),
+            "score": SpectralRegulariser(config.seed),
+        }
         self._sums: dict[str, torch.Tensor] = {}
         self._stop = False
         self._show = Display(config, self.folder, progress and distributed.is_main())
@@ -120,7 +121,8 @@ class Trainer:
             if not isinstance(stage1.vae, NVAE) or stage1.vae.config != config.vae:
                 raise ValueError(f"the VAE in {self.config.vae} is not the one of this configuration")
             model.vae.load_state_dict(stage1.vae.state_dict())
-        return model.to(self.device)
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return model.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
 
     def _prepare(self) -> None:
         """Objective, optimizers and averages around the model, and the state of the newest checkpoint in them."""
@@ -249,7 +251,11 @@ class Trainer:
                 saved then: the last checkpoint is good.
         """
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self._signals(), self._show.open(self.step, self.total_steps):
+        with (
+            torch.random.fork_rng(devices=devices),
+            self._signals(),
+            self._show.open(self.step, self.total_steps),
+        ):
             self._train_mode()
             stream = batches(
                 self.source,
@@ -324,7 +330,9 @@ class Trainer:
         self.step += 1
         for name, value in (parts | norms | {"count": torch.ones((), device=self.device)}).items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        return {name: value.detach() for name, value in parts.items()} | rates | {"kl_coefficient": weights.kl}
+        return (
+            {name: value.detach() for name, value in parts.items()} | rates | {"kl_coefficient": weights.kl}
+        )
 
     def _forward(
         self, objective: nn.Module, batch: Batch, weights: Weights, part: int
@@ -400,7 +408,11 @@ class Trainer:
         line |= {name: value for name, value in last.items() if isinstance(value, float)}
         self._sums = {}
         prior = self.model.prior
-        mixing = torch.sigmoid(prior.mixing_logit.detach()).flatten() if isinstance(prior, NCSNpp) and prior.mixing_logit is not None else None
+        mixing = (
+            torch.sigmoid(prior.mixing_logit.detach()).flatten()
+            if isinstance(prior, NCSNpp) and prior.mixing_logit is not None
+            else None
+        )
         if distributed.is_main():
             self._show.log(line, mixing)
 
@@ -408,7 +420,9 @@ class Trainer:
         try:
             self.save()
         except OSError as error:
-            self._show.message(f"step {self.step} is not saved: {error}; training goes on, the last is {saved}")
+            self._show.message(
+                f"step {self.step} is not saved: {error}; training goes on, the last is {saved}"
+            )
             return saved
         return self.step
 
@@ -427,7 +441,9 @@ class Trainer:
     def _evaluation_batches(self, limit: int) -> Iterator[torch.Tensor]:
         """Up to ``limit`` batches of training images in file order, on the device."""
         size = self._micro_batch
-        for i, batch in enumerate(batches(self.source, self.config.data, batch_size=size, seed=0, train=False)):
+        for i, batch in enumerate(
+            batches(self.source, self.config.data, batch_size=size, seed=0, train=False)
+        ):
             if i == limit:
                 return
             yield batch.images.to(self.device)
@@ -467,7 +483,9 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "lsgm_fast": lsgm_fast.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "command": " ".join(["lsgm-fast", *sys.argv[1:]]),

@@ -14,7 +14,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         return [value] if value.is_floating_point() else []
     if isinstance(value, (list, tuple)):
         return [t for item in value for t in _tensors(item)]
-    return [t for t in vars(value).values() if isinstance(t, torch.Tensor)] if hasattr(value, "__dict__") else []
+    return (
+        [t for t in vars(value).values() if isinstance(t, torch.Tensor)] if hasattr(value, "__dict__") else []
+    )
 
 
 def _finite(value: Any) -> bool:
