@@ -149,11 +149,12 @@ class TrainingConfig(_Config):
     ``stage``: ``"vae"`` (stage 1) or ``"lsgm"`` (stage 2). ``vae``: the stage-1 file that stage 2 starts from.
     ``batch_size``: images per step, over all processes and the ``accumulate`` parts that a step may be split into.
     Length: ``steps``, or ``epochs`` where that is None. ``warmup_epochs``, ``warmup_steps``: likewise.
-    ``precision``: of the networks; losses, weights and optimizers stay in float32. ``channels_last``:
-    memory format of the networks. ``recompute``: activations anew in the backward pass, for memory. ``clip_norm``: largest norm of each optimizer's gradients. ``ema``: decay of the
-    score network's average. Every ``log_every`` steps a line is logged, every ``save_every`` a checkpoint written (the
-    newest ``keep`` stay), every ``sample_every`` a grid of images, every ``eval_every`` the NELBO of
-    up to ``eval_images`` held-out ones (0: never).
+    ``precision``: of the networks; losses, weights and optimizers stay in float32. ``channels_last``: memory format of
+    the networks. ``recompute``: activations anew in the backward pass, for memory. ``clip_norm``: largest norm of each
+    optimizer's gradients. ``ema``: decay of the score network's average.
+    Every ``log_every`` steps a line is logged, every ``save_every`` a checkpoint written (the newest ``keep`` stay),
+    every ``sample_every`` a grid of images, every ``eval_every`` the NELBO of up to ``eval_images`` held-out ones
+    (0: never).
     """
 
     stage: str = "vae"

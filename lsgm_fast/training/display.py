@@ -27,7 +27,7 @@ SHOWN = ("nelbo", "p_loss", "reconstruction", "kl", "kl_coefficient", "lr_vae", 
 
 
 class Display:
-    """Reports one run; silent where ``enabled`` is False, but the files of the run are written by process 0 all the same.
+    """Reports one run: its files always, bar and messages where ``enabled``.
 
     TensorBoard is optional: without the package there are no event files, and the log says so once.
     """
@@ -144,12 +144,11 @@ class Display:
                 iter(batches(source, config, batch_size=min(n // 2, len(source)), seed=0, train=False))
             )
             x = batch.images.to(model.device)
-            groups = model.encode(x)
-            lower = [g.eps for g in groups[model.vae.config.groups_per_scale :]]
-            again = model.decode(model.vae.merge_groups([g.eps for g in groups]), lower_noise=lower)
-            grids["reconstructions"] = torch.stack(
-                (model.vae.crop_images(x) if x.shape != again.shape else x, again), 1
-            ).flatten(0, 1)
+            groups, vae = model.encode(x), model.vae
+            lower = [g.eps for g in groups[vae.config.groups_per_scale :]]
+            again = model.decode(vae.merge_groups([g.eps for g in groups]), lower_noise=lower)
+            original = x if x.shape == again.shape else vae.crop_images(x)
+            grids["reconstructions"] = torch.stack((original, again), 1).flatten(0, 1)
         for name, images in grids.items():
             grid = image_files.make_grid(image_files.to_uint8(images))
             path = self.folder.samples / f"{name}-{step:08d}.png"

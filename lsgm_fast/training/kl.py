@@ -29,7 +29,7 @@ def regularisation_weight(start: float | None, end: float, coefficient: float) -
 
 
 def group_scales(config: VAEConfig) -> torch.Tensor:
-    """alpha per group, (G,): ``(2^i)^2 / groups`` of scale i, divided by the smallest; more where latents are larger."""
+    """alpha per group, (G,): ``(2^i)^2 / groups`` of scale i, divided by the smallest."""
     alpha = torch.tensor(
         [
             4.0**i / config.groups_per_scale

@@ -25,7 +25,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
 
 
 def learning_rate(config: OptimizerConfig, step: int, warmup: int, total_steps: int) -> float:
-    """``lr (step + 1) / warmup`` during the warm-up, then ``lr_min + (lr - lr_min) (1 + cos(pi s)) / 2``, s from 0 to 1."""
+    """``lr (step + 1) / warmup``, then ``lr_min + (lr - lr_min) (1 + cos(pi s)) / 2`` with s from 0 to 1 at the end."""
     if step < warmup:
         return config.lr * (step + 1) / warmup
     share = (step - warmup) / max(1, total_steps - warmup - 1)
@@ -38,7 +38,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class EMA:
-    """Exponential moving average of a module's parameters, in float32: ``a <- d a + (1 - d) p``, from p at the start."""
+    """Exponential moving average of a module's parameters: ``a <- d a + (1 - d) p``, from p at the start; float32."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay

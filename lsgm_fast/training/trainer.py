@@ -407,12 +407,8 @@ class Trainer:
         line = {"step": self.step} | values
         line |= {name: value for name, value in last.items() if isinstance(value, float)}
         self._sums = {}
-        prior = self.model.prior
-        mixing = (
-            torch.sigmoid(prior.mixing_logit.detach()).flatten()
-            if isinstance(prior, NCSNpp) and prior.mixing_logit is not None
-            else None
-        )
+        logit = self.model.mixing_logit
+        mixing = torch.sigmoid(logit.detach()).flatten() if logit is not None else None
         if distributed.is_main():
             self._show.log(line, mixing)
 
