@@ -115,7 +115,7 @@ def _digits() -> Recipe:
     score = ScoreConfig(
         latent_channels=16,
         latent_size=8,
-        channels=96,
+        channels=80,
         channel_mult=(1, 1),
         blocks_per_level=2,
         attention_levels=(),
@@ -129,11 +129,11 @@ def _digits() -> Recipe:
         model=model,
         data=data,
         batch_size=50,
-        steps=12000,
+        steps=10000,
         warmup_steps=200,
         channels_last=True,
         vae_optimizer=OptimizerConfig("adamax", lr=4e-3, lr_min=1e-4, weight_decay=3e-4, eps=1e-3),
-        kl=KLConfig(start=1e-4, end=1.0, hold=1e-4, anneal=0.5),
+        kl=KLConfig(start=1e-4, end=1.0, hold=1e-4, anneal=0.3),
         regularisation=RegularisationConfig(vae=1e-2),
         eval_every=1000,
     )
