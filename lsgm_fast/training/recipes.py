@@ -31,7 +31,7 @@ class Recipe:
 # Stage 1 of every published recipe.
 _VAE_OPTIMIZER = OptimizerConfig("adamax", lr=1e-2, lr_min=1e-4, weight_decay=3e-4, eps=1e-3)
 # Stage 2: the VAE goes on with a cosine, the score network at a constant rate.
-_VAE_FINE_TUNING = OptimizerConfig("adam", lr=1e-4, lr_min=1e-5, weight_decay=3e-4, eps=1e-3)
+_VAE_FINE_TUNING = OptimizerConfig("adamw", lr=1e-4, lr_min=1e-5, weight_decay=3e-4, eps=1e-3)
 _CONTINUED_ANNEALING = KLConfig(start=0.7, end=1.0, anneal=0.1)
 
 
@@ -68,7 +68,6 @@ def _stage2(
     stage1: TrainingConfig,
     objective: ObjectiveConfig,
     *,
-    preset: str | None = None,
     batch_size: int,
     epochs: float,
     lr: float,
@@ -79,7 +78,7 @@ def _stage2(
 ) -> TrainingConfig:
     return TrainingConfig(
         stage="lsgm",
-        model=stage1.model if preset is None else get_preset(preset),
+        model=stage1.model,
         data=stage1.data,
         batch_size=batch_size,
         epochs=epochs,
@@ -155,7 +154,98 @@ def _digits() -> Recipe:
     return Recipe(stage1, stage2)
 
 
-RECIPES: dict[str, Recipe] = {"digits": _digits()}
+_BINARY_DATA = DataConfig("data/mnist", binarise="dynamic")
+_CIFAR10_DATA = DataConfig("data/cifar-10-python.tar.gz", flip=True)
+_CELEBA_DATA = DataConfig("data/celeba-hq-256", flip=True)
+
+
+def _binary(
+    preset: str, data: DataConfig, kl_max: float, batch_size: int, epochs: float, score_regularisation: float
+) -> Recipe:
+    stage1 = _stage1(preset, data, batch_size, 200, anneal=1.0, kl_max=kl_max, regularisation=1e-2)
+    stage2 = _stage2(
+        stage1,
+        ObjectiveConfig(p_mode="ll_iw", drop_inactive=True),
+        batch_size=32,
+        epochs=epochs,
+        lr=3e-4,
+        warmup=20,
+        regularisation=RegularisationConfig(vae=1e-2, score=score_regularisation),
+        anneal=True,
+    )
+    return Recipe(stage1, stage2)
+
+
+def _cifar10(
+    preset: str, p_mode: str, epochs: float, vae_anneal: float, kl_max: float, anneal: bool
+) -> Recipe:
+    stage1 = _stage1(
+        preset, _CIFAR10_DATA, 256, epochs, anneal=vae_anneal, kl_max=kl_max, regularisation=1e-2
+    )
+    # Only the likelihood recipe's regulariser sees the score network's convolutions.
+    regularisation = RegularisationConfig(vae=1e-2, score=1e-2, score_convolutions=preset == "cifar10-nll")
+    stage2 = _stage2(
+        stage1,
+        ObjectiveConfig(p_mode=p_mode),
+        batch_size=256,
+        epochs=1875,
+        lr=1e-4,
+        warmup=5,
+        regularisation=regularisation,
+        anneal=anneal,
+    )
+    return Recipe(stage1, stage2)
+
+
+def _celebahq256(
+    preset: str,
+    objective: ObjectiveConfig,
+    *,
+    epochs: float = 1000,
+    batch_size: int = 64,
+    lr: float = 1e-4,
+    lr_vae: float = 1e-4,
+    anneal: bool = False,
+) -> Recipe:
+    stage1 = _stage1(preset, _CELEBA_DATA, 64, 200, anneal=1.0, kl_max=0.7, regularisation=3e-2)
+    stage2 = _stage2(
+        stage1,
+        objective,
+        batch_size=batch_size,
+        epochs=epochs,
+        lr=lr,
+        warmup=20,
+        regularisation=RegularisationConfig(vae=0.1, score=1e-2),
+        anneal=anneal,
+        vae_optimizer=_VAE_FINE_TUNING.replace(lr=lr_vae),
+    )
+    return Recipe(stage1, stage2)
+
+
+_DISJOINT = ObjectiveConfig(p_mode="drop_sigma2t_iw", q_mode="ll_iw", disjoint=True)
+
+RECIPES: dict[str, Recipe] = {
+    "digits": _digits(),
+    "mnist": _binary("mnist", _BINARY_DATA, 0.7, 100, 800, 0.0),
+    "omniglot": _binary("omniglot", _BINARY_DATA.replace(source="data/omniglot.npz"), 1.0, 64, 1500, 1e-3),
+    "cifar10-fid": _cifar10("cifar10-fid", "drop_all_iw", 400, 1.0, 0.7, anneal=True),
+    "cifar10-balanced": _cifar10("cifar10-balanced", "drop_all_iw", 600, 0.5, 1.0, anneal=False),
+    "cifar10-nll": _cifar10("cifar10-nll", "ll_uniform", 400, 1.0, 0.7, anneal=True),
+    "celebahq256-quantitative": _celebahq256(
+        "celebahq256-quantitative", _DISJOINT.replace(drop_inactive=True)
+    ),
+    "celebahq256-qualitative-stage2": _celebahq256(
+        "celebahq256-qualitative-stage2", _DISJOINT.replace(update_q_ema=True), lr_vae=8e-5, anneal=True
+    ),
+    # A new prior for the VAE of the recipe above, which stays as it is.
+    "celebahq256-qualitative": _celebahq256(
+        "celebahq256-qualitative",
+        ObjectiveConfig(p_mode="drop_sigma2t_iw", train_vae=False, frozen_bn="batch"),
+        epochs=1500,
+        batch_size=96,
+        lr=6e-5,
+    ),
+}
 
 
 def get_recipe(name: str) -> Recipe:
