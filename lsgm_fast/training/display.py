@@ -17,6 +17,7 @@ from lsgm_fast import random
 from lsgm_fast.data import ImageSource, batches, open_data
 from lsgm_fast.evaluation import evaluate_nelbo
 from lsgm_fast.models.lsgm import LSGM
+from lsgm_fast.models.nvae import NVAE
 from lsgm_fast.training.config import TrainingConfig
 from lsgm_fast.training.folder import RunFolder
 
@@ -144,7 +145,9 @@ class Display:
                 iter(batches(source, config, batch_size=min(n // 2, len(source)), seed=0, train=False))
             )
             x = batch.images.to(model.device)
-            groups, vae = model.encode(x), model.vae
+            vae = model.vae
+            assert isinstance(vae, NVAE)
+            groups = model.encode(x)
             lower = [g.eps for g in groups[vae.config.groups_per_scale :]]
             again = model.decode(vae.merge_groups([g.eps for g in groups]), lower_noise=lower)
             original = x if x.shape == again.shape else vae.crop_images(x)

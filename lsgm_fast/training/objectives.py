@@ -27,6 +27,7 @@ from lsgm_fast.models.lsgm import LSGM
 from lsgm_fast.models.ncsnpp import GroupNormSwish, NCSNpp
 from lsgm_fast.models.nvae import NVAE, LatentGroup
 from lsgm_fast.nn.layers import BatchNormSwish, WeightNormConv2d, normalized_weights
+from lsgm_fast.sde import SDE
 from lsgm_fast.training.config import REWEIGHT, ObjectiveConfig
 from lsgm_fast.training.kl import group_coefficients, group_scales
 from lsgm_fast.training.regularisation import SpectralRegulariser
@@ -90,6 +91,8 @@ class Weights:
 class VAEObjective(nn.Module):
     """Stage 1: ``mean(-log p(x|z) + c sum_g gamma_g KL_g) + lambda R``, every group's prior N(0, I)."""
 
+    vae: NVAE
+
     def __init__(self, vae: NVAE, regulariser: SpectralRegulariser) -> None:
         super().__init__()
         self.vae = vae
@@ -123,6 +126,9 @@ class LSGMObjective(nn.Module):
         ema: with ``config.update_q_ema``, the score network that holds the averaged weights.
     """
 
+    vae: NVAE
+    prior: NCSNpp
+
     def __init__(
         self,
         model: LSGM,
@@ -131,21 +137,24 @@ class LSGMObjective(nn.Module):
         score_regulariser: SpectralRegulariser,
         *,
         score_convolutions: bool = True,
-        ema: nn.Module | None = None,
+        ema: NCSNpp | None = None,
     ) -> None:
         super().__init__()
         vae, prior = model.vae, model.prior
         if not isinstance(vae, NVAE) or not isinstance(prior, NCSNpp):
             raise TypeError("training needs an NVAE and an NCSNpp")
         self.vae, self.prior = vae, prior
-        self.config = config
-        self._sde = model.sde
-        self._regularisers = vae_regulariser, score_regulariser
-        self._score_convolutions = score_convolutions
-        self._alpha = group_scales(vae.config)
+        self.config: ObjectiveConfig = config
+        self._sde: SDE = model.sde
+        self._regularisers: tuple[SpectralRegulariser, SpectralRegulariser] = (
+            vae_regulariser,
+            score_regulariser,
+        )
+        self._score_convolutions: bool = score_convolutions
+        self._alpha: torch.Tensor = group_scales(vae.config)
         # In a tuple, so that the averaged network is no submodule: it has no gradients to reduce.
-        self._ema = (ema,)
-        self._const = float(self._sde.cross_entropy_const(self._sde.time_eps))
+        self._ema: tuple[NCSNpp | None] = (ema,)
+        self._const: float = float(self._sde.cross_entropy_const(self._sde.time_eps))
         if not math.isfinite(self._const):
             raise ValueError(
                 f"{self._sde.name} has zero variance at time_eps={self._sde.time_eps}: "
@@ -255,7 +264,7 @@ class LSGMObjective(nn.Module):
         z0: torch.Tensor,
         noise: torch.Tensor,
         times: IWQuantities,
-        network: nn.Module,
+        network: NCSNpp,
         *,
         gradient_scale: torch.Tensor | None = None,
         likelihood: bool = True,
@@ -270,7 +279,7 @@ class LSGMObjective(nn.Module):
         z_t: torch.Tensor,
         noise: torch.Tensor,
         times: IWQuantities,
-        network: nn.Module,
+        network: NCSNpp,
         likelihood: bool = True,
     ) -> tuple[torch.Tensor, Any]:
         """(p loss per image (N,), cross entropy per element)."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from lsgm_fast.training.config import OptimizerConfig
 
-_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+_OPTIMIZERS: dict[str, Any] = {
     "adamax": torch.optim.Adamax,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -20,8 +21,14 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """PyTorch's optimizer of that name, in its multi-tensor form."""
-    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    return _OPTIMIZERS[config.name](list(parameters), foreach=True, **options)  # type: ignore[call-arg]
+    return _OPTIMIZERS[config.name](
+        list(parameters),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        foreach=True,
+    )
 
 
 def learning_rate(config: OptimizerConfig, step: int, warmup: int, total_steps: int) -> float:

@@ -69,6 +69,9 @@ class Trainer:
             processes.
     """
 
+    _trains_vae: bool
+    _scaler: torch.amp.GradScaler
+
     def __init__(
         self,
         config: TrainingConfig,
@@ -134,6 +137,7 @@ class Trainer:
         distributed.barrier()
         state = self.folder.load()
         vae, prior = self.model.vae, self.model.prior
+        assert isinstance(vae, NVAE)
         vae.recompute = c.recompute
         self._trains_vae = c.stage == "vae" or c.objective.train_vae
         self.ema: EMA | None = None
@@ -164,7 +168,6 @@ class Trainer:
                 ema=self._ema_network,
             )
         else:
-            assert isinstance(vae, NVAE)
             self.objective = VAEObjective(vae, self._regularisers["vae"])
         self._scaler = torch.amp.GradScaler(
             self.device.type, enabled=c.precision == "fp16", init_scale=2.0**10
@@ -404,7 +407,7 @@ class Trainer:
         sums = {name: distributed.all_reduce_mean(value) for name, value in sorted(self._sums.items())}
         count = sums.pop("count")
         values = {name: (value / count).tolist() for name, value in sums.items()}
-        line = {"step": self.step} | values
+        line: dict[str, Any] = {"step": self.step} | values
         line |= {name: value for name, value in last.items() if isinstance(value, float)}
         self._sums = {}
         logit = self.model.mixing_logit
@@ -454,7 +457,7 @@ class Trainer:
             self._stop = True
             self._show.message("stopping after this step")
 
-        previous: dict[int, Any] = {}
+        previous: dict[signal.Signals, Any] = {}
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 previous[number] = signal.signal(number, stop)
