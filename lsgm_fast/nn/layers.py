@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lsgm_fast import distributed, ops
+from lsgm_fast.nn.recompute import recomputing
 
 BN_MOMENTUM = 0.05
 BN_EPS = 1e-5
@@ -107,7 +108,7 @@ class BatchNormSwish(nn.Module):
                 BN_EPS,
                 self.swish,
             )
-        if self.training:
+        if self.training and not recomputing():
             with torch.no_grad():
                 self.running_mean.lerp_(mean, BN_MOMENTUM)
                 self.running_var.lerp_(var, BN_MOMENTUM)
