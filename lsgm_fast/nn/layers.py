@@ -77,7 +77,8 @@ class BatchNormSwish(nn.Module):
 
     In training mode the batch's statistics normalise and the running ones are updated (momentum 0.05, unbiased
     variance). In eval mode the running statistics normalise, or with ``batch_stats`` the batch's, updating nothing.
-    In a process group, the batch is that of all processes (:func:`lsgm_fast.distributed.batch_moments`).
+    In a process group, the batch is that of all processes (:func:`lsgm_fast.distributed.batch_moments`), and all of
+    them have to make the call.
     """
 
     running_mean: torch.Tensor
