@@ -206,10 +206,10 @@ def _all_gather(flat: torch.Tensor) -> torch.Tensor:
     if not _initialised():
         return flat[None]
     own = _transport(flat)
-    # gloo takes the results one after the other, not stacked.
-    gathered = own.new_empty(world_size() * own.shape[0])
-    dist.all_gather_into_tensor(gathered, own)
-    return gathered.view(world_size(), -1).to(flat.device)
+    gathered = own.new_empty((world_size(), own.shape[0]))
+    # Of a list: the collective into one tensor has had another name since PyTorch 2.13.
+    dist.all_gather(list(gathered), own)
+    return gathered.to(flat.device)
 
 
 def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:

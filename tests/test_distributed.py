@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import time
 import traceback
+import warnings
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ def _serve(connection, rank, port):
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)
     connection.send((distributed.init("cpu").type, None))
     while (job := connection.recv()) is not None:
         function, arguments = job
@@ -44,9 +47,6 @@ class Pair:
     """Two processes that stay; :meth:`run` calls a function in both and returns their results."""
 
     def __init__(self):
-        # Without torch's own pickling of tensors, which would share their memory.
-        import multiprocessing
-
         context = multiprocessing.get_context("spawn")
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -170,6 +170,37 @@ def test_half_an_environment_is_an_error(no_group, variables, said):
 def test_cuda_where_there_is_none(no_group):
     with pytest.raises(ValueError, match="'cuda' was asked for"):
         distributed.init("cuda")
+
+
+@pytest.mark.parametrize(
+    ("devices", "size", "here", "asked", "backend", "device"),
+    [
+        (2, "2", "2", None, "nccl", "cuda:1"),
+        (2, "4", "2", None, "nccl", "cuda:1"),
+        (2, "4", None, None, "gloo", "cpu"),
+        (1, "2", "2", None, "gloo", "cpu"),
+        (1, "2", "2", "cuda", "gloo", "cuda:0"),
+        (8, "2", "2", "cpu", "gloo", "cpu"),
+        (0, "2", "2", None, "gloo", "cpu"),
+    ],
+)
+def test_backend_and_device_follow_the_machine(no_group, devices, size, here, asked, backend, device):
+    variables = {"RANK": "1", "WORLD_SIZE": size, "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        no_group.setenv(name, value)
+    if here is not None:
+        no_group.setenv("LOCAL_WORLD_SIZE", here)
+    made, current = [], []
+    no_group.setattr(torch.cuda, "device_count", lambda: devices)
+    no_group.setattr(torch.cuda, "set_device", current.append)
+    no_group.setattr(
+        torch.distributed, "init_process_group", lambda name, **options: made.append((name, options))
+    )
+    chosen = torch.device(device)
+    assert distributed.init(asked) == chosen
+    options = {"rank": 1, "world_size": int(size)} | ({"device_id": chosen} if backend == "nccl" else {})
+    assert made == [(backend, options)]
+    assert current == ([chosen] if chosen.type == "cuda" else [])
 
 
 def test_the_mean_of_whole_numbers_is_refused():
@@ -337,8 +368,8 @@ def _vae_case(first, last, recompute):
     torch.manual_seed(0)
     vae = lsgm_fast.build("tiny-binary").vae.double().train()
     vae.recompute = recompute
-    # DistributedDataParallel would otherwise copy the running statistics of process 0 to the others.
-    model = DistributedDataParallel(vae, broadcast_buffers=False) if distributed.world_size() > 1 else vae
+    # Copies the running statistics of process 0 to the others before, but not after the last step.
+    model = DistributedDataParallel(vae) if distributed.world_size() > 1 else vae
     images = random.uniform(1, range(first, last), "images", (1, 28, 28), dtype=torch.float64).round()
     x = vae.preprocess_images(images)
     noise = [random.normal(2, range(first, last), "noise", s, dtype=torch.float64) for s in vae.group_shapes]

@@ -10,6 +10,7 @@ from torch import nn
 
 from lsgm_fast import ops
 from lsgm_fast.config import ScoreConfig
+from lsgm_fast.nn.recompute import recomputed
 
 GN_EPS = 1e-6
 ZERO_INIT = 1e-10
@@ -171,11 +172,15 @@ class NCSNpp(nn.Module):
 
     The mixing with the optimal prediction of a normal prior happens outside (:func:`lsgm_fast.ops.mixed_score`);
     ``mixing_logit`` (1, C, 1, 1) is its per-channel logit, None without mixing.
+
+    ``recompute`` (False): set it to True to train with less memory and more time. Residual blocks and attention then
+    keep only their inputs, and compute the rest again in the backward pass, with the same result.
     """
 
     def __init__(self, config: ScoreConfig) -> None:
         super().__init__()
         self.config = c = config
+        self.recompute = False
         width = 4 * c.embedding_dim
         self.mixing_logit: nn.Parameter | None = None
         if c.mixed_prediction:
@@ -241,25 +246,30 @@ class NCSNpp(nn.Module):
             raise ValueError(f"expected t of shape ({z.shape[0]},) or a single value, got {tuple(t.shape)}")
         temb = F.silu(self.time_embedding(t.expand(z.shape[0])))
 
+        def run(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+            return recomputed(module, *inputs, when=self.recompute)
+
         h = self.conv_in(z)
         skips = [h]
         for down in self.down:
             for i, block in enumerate(down.blocks):
-                h = block(h, temb)
+                h = run(block, h, temb)
                 if down.attention:
-                    h = down.attention[i](h)
+                    h = run(down.attention[i], h)
                 skips.append(h)
             if down.downsample is not None:
-                h = down.downsample(h, temb)
+                h = run(down.downsample, h, temb)
                 skips.append(h)
 
-        h = self.mid_block2(self.mid_attention(self.mid_block1(h, temb)), temb)
+        h = run(self.mid_block1, h, temb)
+        h = run(self.mid_attention, h)
+        h = run(self.mid_block2, h, temb)
 
         for up in self.up:
             for block in up.blocks:
-                h = block(torch.cat((h, skips.pop()), dim=1), temb)
+                h = run(block, torch.cat((h, skips.pop()), dim=1), temb)
             if up.attention is not None:
-                h = up.attention(h)
+                h = run(up.attention, h)
             if up.upsample is not None:
-                h = up.upsample(h, temb)
+                h = run(up.upsample, h, temb)
         return self.conv_out(self.norm_out(h))

@@ -16,6 +16,7 @@ from lsgm_fast.distributions import DecoderDistribution, decoder_distribution, s
 from lsgm_fast.errors import unknown_name
 from lsgm_fast.nn.cells import BNSwishConv, Cell, DecoderCombiner, EncoderCombiner, FlowPair
 from lsgm_fast.nn.layers import WeightNormConv2d, normalized_weights
+from lsgm_fast.nn.recompute import recomputed
 
 _CELL_KINDS = {
     # architecture: (encoder and preprocessing, decoder, postprocessing)
@@ -47,11 +48,15 @@ class NVAE(nn.Module):
     The decoder goes through the latent scales from the lowest resolution up, ``groups_per_scale`` groups each, then
     through the postprocessing blocks back to the image. Groups are numbered in that (decoder) order everywhere. The
     score-based prior covers all groups of the lowest resolution (``latent_shape``); the others keep N(0, I).
+
+    ``recompute`` (False): set it to True to train with less memory and more time. The cells then keep only their
+    inputs, and compute the rest again in the backward pass, with the same result.
     """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = c = config
+        self.recompute = False
         encoder_kind, decoder_kind, post_kind = _CELL_KINDS[c.architecture]
         enc = [c.encoder_channels * m for m in c.channel_mult]
         dec = [c.decoder_channels * m for m in c.channel_mult]
@@ -313,14 +318,14 @@ class NVAE(nn.Module):
     ) -> tuple[torch.Tensor, list[LatentGroup]]:
         h = self.stem(x)
         for cell in self.preprocess:
-            h = cell(h, batch_stats)
+            h = recomputed(cell, h, batch_stats, when=self.recompute)
         pyramid, skips = h, iter(self.input_skip)
         features: list[tuple[EncoderCombiner, torch.Tensor]] = []
         for module in self.encoder:
             if isinstance(module, EncoderCombiner):
                 features.append((module, h))
                 continue
-            h = module(h, batch_stats)
+            h = recomputed(module, h, batch_stats, when=self.recompute)
             if module.skip.__class__ is not nn.Identity and self.config.input_skip:
                 pyramid = next(skips)(pyramid, batch_stats)
                 h = h + pyramid
@@ -339,7 +344,7 @@ class NVAE(nn.Module):
                     return state, groups
                 state = module(state, self.latent_conv[i](group.eps))
             else:
-                state = module(state, batch_stats)
+                state = recomputed(module, state, batch_stats, when=self.recompute)
         return state, groups
 
     def _posterior(self, i: int, feature: torch.Tensor, noise: torch.Tensor) -> LatentGroup:
@@ -360,10 +365,10 @@ class NVAE(nn.Module):
                 state = module(state, self.latent_conv[i](groups[i]))
                 i += 1
             else:
-                state = module(state, batch_stats)
+                state = recomputed(module, state, batch_stats, when=self.recompute)
         return state
 
     def _logits(self, state: torch.Tensor, batch_stats: bool) -> torch.Tensor:
         for cell in self.postprocess:
-            state = cell(state, batch_stats)
+            state = recomputed(cell, state, batch_stats, when=self.recompute)
         return self.output(F.elu(state))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lsgm_fast import distributed, ops
+from lsgm_fast.nn.recompute import recomputing
 
 BN_MOMENTUM = 0.05
 BN_EPS = 1e-5
@@ -76,7 +77,8 @@ class BatchNormSwish(nn.Module):
 
     In training mode the batch's statistics normalise and the running ones are updated (momentum 0.05, unbiased
     variance). In eval mode the running statistics normalise, or with ``batch_stats`` the batch's, updating nothing.
-    In a process group, the batch is that of all processes (:func:`lsgm_fast.distributed.batch_moments`).
+    In a process group, the batch is that of all processes (:func:`lsgm_fast.distributed.batch_moments`), and all of
+    them have to make the call.
     """
 
     running_mean: torch.Tensor
@@ -107,7 +109,7 @@ class BatchNormSwish(nn.Module):
                 BN_EPS,
                 self.swish,
             )
-        if self.training:
+        if self.training and not recomputing():
             with torch.no_grad():
                 self.running_mean.lerp_(mean, BN_MOMENTUM)
                 self.running_var.lerp_(var, BN_MOMENTUM)

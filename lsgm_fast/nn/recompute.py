@@ -1,0 +1,69 @@
+"""Parts of a model that keep no intermediate results for the backward pass, but compute them again there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lsgm_fast import dispatch
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.active = False
+
+
+_state = _State()
+
+
+def recomputing() -> bool:
+    """Whether this thread computes something a second time, for the backward pass: side effects are to be left out."""
+    return _state.active
+
+
+def recomputed(module: nn.Module, *args: object, when: bool) -> torch.Tensor:
+    """``module(*args)``; where ``when`` holds, only the arguments are kept for the backward pass, which computes again.
+
+    Takes effect in training mode with gradients enabled (Chen et al. 2016, "Training deep nets with sublinear memory
+    cost"). The second computation gives the same numbers as the first: it has the weights that
+    :func:`~lsgm_fast.nn.layers.normalized_weights` had prepared, the same dropout masks, autocast and backends, and it
+    leaves running statistics alone.
+    """
+    if not (when and module.training and torch.is_grad_enabled()):
+        return module(*args)
+    # The backward pass comes after the block that prepared the weights.
+    convs = [m for m in module.modules() if hasattr(m, "prepared_weight")]
+    weights = [conv.prepared_weight for conv in convs]
+    # On CUDA it runs in another thread, to which a choice of this one means nothing.
+    choice = dispatch._state.choice
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _second_time(convs, weights, choice)
+
+    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
+
+
+@contextmanager
+def _second_time(
+    convs: Sequence[nn.Module], weights: Sequence[torch.Tensor | None], choice: dispatch.Choice | None
+) -> Iterator[None]:
+    before = [conv.prepared_weight for conv in convs]
+    active_before, choice_before = _state.active, dispatch._state.choice
+    _state.active, dispatch._state.choice = True, choice
+    _prepare(convs, weights)
+    try:
+        yield
+    finally:
+        # PyTorch leaves early, through an exception, once it has all that the backward pass needs.
+        _prepare(convs, before)
+        _state.active, dispatch._state.choice = active_before, choice_before
+
+
+def _prepare(convs: Sequence[nn.Module], weights: Sequence[torch.Tensor | None]) -> None:
+    for conv, weight in zip(convs, weights, strict=True):
+        conv.prepared_weight = weight
