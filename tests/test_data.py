@@ -299,17 +299,19 @@ def test_cifar(tmp_path: Path, make: Callable[[int], bytes], suffix: str, packed
     assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked
 
 
-class Malicious:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
+class Call:
+    """Its pickle calls ``function(*arguments)`` when it is read."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.marker),))
+        return self.call
 
 
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
-    bad = pickle.dumps({"data": Malicious(marker), "labels": [1, 2]}, protocol=2)
+    bad = pickle.dumps({"data": Call(os.mkdir, str(marker)), "labels": [1, 2]}, protocol=2)
     path = archive(tmp_path / "cifar.tar.gz", {**cifar_files(python_batch, ""), TRAIN[2]: bad})
     refuses(path, "data_batch_3 cannot be read, or is not safe to .it asks for posix.mkdir")
     assert not marker.exists()
@@ -323,10 +325,11 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
         (np.load, "numpy.*load"),
         (np.zeros(2, np.float64), "array of type 'f8'"),
         (np.array([{}], dtype=object), "array of type 'O8'"),
-        (np.ndarray, "not a batch"),
+        (Call(np.ndarray, (2, 3072), "u1"), "'str' object is not callable"),
         ([1], "not a batch"),
         ({"data": noise(2, 3071), "labels": [1, 2]}, "not a batch"),
         ({"data": noise(2, 3072), "labels": [1]}, "not a batch"),
+        ({"data": noise(2, 3072), "labels": [1, None]}, "not a batch"),
     ],
 )
 def test_pickles_of_anything_but_byte_arrays_are_refused(tmp_path: Path, batch: Any, match: str) -> None:

@@ -101,6 +101,7 @@ def _pickled(name: str, data: bytes) -> tuple[UInt8Array, Labels]:
         or images.shape[1:] != (_PIXELS,)
         or not isinstance(labels, list)
         or len(labels) != len(images)
+        or not all(isinstance(label, int) for label in labels)
     ):
         raise ValueError(
             f"{name} is not a batch of CIFAR-10: expected a dictionary with 'data', an (N, {_PIXELS}) array of "
