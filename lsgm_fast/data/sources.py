@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lsgm_fast.config import VAEConfig
+from lsgm_fast.data.config import DataConfig
+from lsgm_fast.data.pictures import resized
 from lsgm_fast.images import UInt8Array
 
 Labels = npt.NDArray[np.int64]
@@ -44,6 +46,23 @@ class ArrayImages:
 
     def __getitem__(self, index: int) -> UInt8Array:
         return self.images[index]
+
+
+def in_memory(config: DataConfig, images: UInt8Array, labels: Labels | None) -> ArrayImages:
+    """A source of (N, C, H, W) images, converted to the configuration's channels and size.
+
+    To grey: ``(19595 R + 38470 G + 7471 B + 2^15) / 2^16``, rounded down (ITU-R BT.601 as in Pillow, so that images
+    do not depend on how they are stored).
+    """
+    if config.channels == 3 and images.shape[1] == 1:
+        images = np.repeat(images, 3, axis=1)
+    elif config.channels == 1 and images.shape[1] == 3:
+        red, green, blue = images.astype(np.uint32).transpose(1, 0, 2, 3)
+        grey = (19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16
+        images = grey[:, None].astype(np.uint8)
+    if config.size is not None and images.shape[2:] != (config.size, config.size):
+        images = resized(images, config.size)
+    return ArrayImages(config.source, images, labels)
 
 
 class Subset:

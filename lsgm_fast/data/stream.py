@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from lsgm_fast import random
 from lsgm_fast.data.config import DataConfig
 from lsgm_fast.data.order import FIXED_SEED, permutation
 from lsgm_fast.data.sources import ImageSource
+from lsgm_fast.images import UInt8Array
 from lsgm_fast.reference.philox_normal import check_seed
 
 
@@ -42,29 +44,45 @@ class _Plan:
     epoch: int | None
 
 
-class _Preparation(Dataset[Batch]):
-    """Makes batches of plans, here or in a worker process."""
+_Prepared = tuple[_Plan, UInt8Array]
+
+
+class _Preparation(Dataset[_Prepared]):
+    """Makes the images of plans, here or in a worker process: 8-bit, binarised ones 0 and 255."""
 
     def __init__(self, source: ImageSource, config: DataConfig, seed: int) -> None:
         self.source, self.config, self.seed = source, config, seed
 
-    def __getitem__(self, plan: _Plan) -> Batch:
-        indices = torch.from_numpy(plan.indices)
-        positions = torch.arange(plan.first_position, plan.first_position + len(indices))
-        images = np.empty((len(indices), *self.source.shape), np.uint8)
+    def __getitem__(self, plan: _Plan) -> _Prepared:
+        images = np.empty((len(plan.indices), *self.source.shape), np.uint8)
         for row, index in enumerate(plan.indices):
             images[row] = self.source[int(index)]
-        x = torch.from_numpy(images).to(torch.float32) / 255.0
+        indices = torch.from_numpy(plan.indices)
         if self.config.flip and plan.epoch is not None:
-            mirrored = random.uniform(self.seed, indices, "data.flip", substream=plan.epoch) < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+            mirrored = (random.uniform(self.seed, indices, "data.flip", substream=plan.epoch) < 0.5).numpy()
+            images[mirrored] = images[mirrored, :, :, ::-1]
         if self.config.binarise != "none":
             if self.config.binarise == "dynamic" and plan.epoch is not None:
                 seed, name, substream = self.seed, "data.binarise", plan.epoch
             else:
                 seed, name, substream = FIXED_SEED, "data.binarise.static", 0
-            x = (random.uniform(seed, indices, name, x.shape[1:], substream=substream) < x).to(torch.float32)
-        return Batch(x, indices, positions)
+            threshold = random.uniform(seed, indices, name, self.source.shape, substream=substream).numpy()
+            images = (threshold < images / np.float32(255)) * np.uint8(255)
+        return plan, images
+
+
+def _batch(prepared: _Prepared) -> Batch:
+    plan, images = prepared
+    first = plan.first_position
+    return Batch(
+        images=torch.from_numpy(images).to(torch.float32) / 255.0,
+        indices=torch.from_numpy(plan.indices),
+        positions=torch.arange(first, first + len(images)),
+    )
+
+
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def batches(
@@ -106,7 +124,8 @@ def batches(
         plans = _training_plans(len(source), batch_size, seed, first_step, rank, world)
     else:
         plans = _pass_plans(len(source), batch_size, first_step, rank, world)
-    return _prepared(_Preparation(source, config, seed), itertools.islice(plans, steps), config.workers)
+    plans = itertools.islice(plans, steps)
+    return map(_batch, _prepared(_Preparation(source, config, seed), plans, config.workers))
 
 
 def _check(
@@ -162,15 +181,18 @@ def _pass_plans(count: int, batch_size: int, first_step: int, rank: int, world: 
         yield _Plan(np.arange(low, high), low, None)
 
 
-def _prepared(preparation: _Preparation, plans: Iterator[_Plan], workers: int) -> Iterator[Batch]:
+def _prepared(preparation: _Preparation, plans: Iterator[_Plan], workers: int) -> Iterator[_Prepared]:
     if workers == 0:
         return map(preparation.__getitem__, plans)
     # Each plan is one item, so it is the workers that make batches. They are spawned: a fork would copy the locks of
-    # running threads, and CUDA does not survive it. The generator of its own keeps PyTorch's global one untouched.
+    # running threads, and CUDA does not survive it. They send arrays and not tensors, which would need shared memory
+    # (little in containers) and can abort a worker that is told to stop while it sends. The generator of its own
+    # keeps PyTorch's global one untouched.
     loader = DataLoader(
         preparation,
         batch_size=None,
         sampler=plans,
+        collate_fn=_unchanged,
         num_workers=workers,
         multiprocessing_context="spawn",
         generator=torch.Generator(),
