@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -43,25 +43,30 @@ def recomputed(module: nn.Module, *args: object, when: bool) -> torch.Tensor:
     choice = dispatch._state.choice
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _second_time(convs, weights, choice)
+        return nullcontext(), _SecondTime(convs, weights, choice)
 
     return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
 
 
-@contextmanager
-def _second_time(
-    convs: Sequence[nn.Module], weights: Sequence[torch.Tensor | None], choice: dispatch.Choice | None
-) -> Iterator[None]:
-    before = [conv.prepared_weight for conv in convs]
-    active_before, choice_before = _state.active, dispatch._state.choice
-    _state.active, dispatch._state.choice = True, choice
-    _prepare(convs, weights)
-    try:
-        yield
-    finally:
+class _SecondTime:
+    """Around a second computation. Can be entered again: two backward passes through one graph compute twice."""
+
+    def __init__(
+        self, convs: Sequence[nn.Module], weights: Sequence[torch.Tensor | None], choice: dispatch.Choice | None
+    ) -> None:
+        self._convs, self._weights, self._choice = convs, weights, choice
+        self._before: list[tuple[list[torch.Tensor | None], bool, dispatch.Choice | None]] = []
+
+    def __enter__(self) -> None:
+        before = [conv.prepared_weight for conv in self._convs]
+        self._before.append((before, _state.active, dispatch._state.choice))
+        _state.active, dispatch._state.choice = True, self._choice
+        _prepare(self._convs, self._weights)
+
+    def __exit__(self, *exc: object) -> None:
         # PyTorch leaves early, through an exception, once it has all that the backward pass needs.
-        _prepare(convs, before)
-        _state.active, dispatch._state.choice = active_before, choice_before
+        weights, _state.active, dispatch._state.choice = self._before.pop()
+        _prepare(self._convs, weights)
 
 
 def _prepare(convs: Sequence[nn.Module], weights: Sequence[torch.Tensor | None]) -> None:
