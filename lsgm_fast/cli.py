@@ -358,8 +358,7 @@ def evaluate(
 
     device = _pick_device(device)
     loaded = lsgm_fast.load(model, device=device)
-    if loaded.config is None:
-        raise ValueError(f"{model} has no configuration")
+    assert loaded.config is not None  # whatever was loaded from a file has one
     if binarise is None:
         binarise = "none"
         if loaded.config.vae.decoder_distribution == "bernoulli":
@@ -433,9 +432,8 @@ def _print_evaluation(data: str, reports: Sequence[NelboReport], difference: Pai
         return f"{report.prior} ({report.method})" if report.method else report.prior
 
     first, columns = reports[0], [parts(report) for report in reports]
-    table = Table(
-        title=f"{data}: {first.images} images, nats per image +- standard error", title_justify="left"
-    )
+    typer.echo(f"{data}: {first.images} images, nats per image +- standard error")
+    table = Table()
     table.add_column("prior")
     for report in reports:
         table.add_column(heading(report), justify="right", no_wrap=True)
