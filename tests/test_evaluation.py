@@ -646,6 +646,4 @@ def test_the_commands_errors(command, arguments, message):
     assert result.out == ""
     lines = result.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
-    import re
-
     assert re.search(message, lines[0])
