@@ -6,6 +6,7 @@ import json
 import math
 import re
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -527,6 +528,7 @@ class Grey:
     """Twelve grey images in memory."""
 
     name = "twelve greys"
+    served: ClassVar[list[int]] = []
     labels = None
 
     def __init__(self, size):
@@ -536,6 +538,7 @@ class Grey:
         return 12
 
     def __getitem__(self, index):
+        self.served.append(index)
         return np.random.default_rng(index).integers(0, 256, self.shape, dtype=np.uint8)
 
 
@@ -596,6 +599,7 @@ def test_the_command_prints_a_table_and_writes_a_report(command, tmp_path):
     )
     assert result.code == 0, result.err
     written = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert Grey.served[-4:] == [0, 3, 6, 9]  # evenly spread
     assert result.opened[0][1] == written["split"] == "train"
     report, difference = written["reports"]["score"], written["difference"]
     assert "digits, train: 4 images" in result.out
