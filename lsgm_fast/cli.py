@@ -305,7 +305,8 @@ def evaluate(
         ),
     ] = None,
     number: Annotated[
-        int | None, typer.Option("--number", "-n", min=1, help="Only so many images. Default: all.")
+        int | None,
+        typer.Option("--number", "-n", min=1, help="Only so many images, evenly spread. Default: all."),
     ] = None,
     prior: Annotated[
         str | None,
@@ -352,14 +353,16 @@ def evaluate(
     if out is not None:
         images.require_writable(out)
 
+    import numpy as np
+
     import lsgm_fast
     from lsgm_fast.data import DataConfig, batches, check_data, open_data
+    from lsgm_fast.data.sources import Subset
     from lsgm_fast.evaluation import compare, evaluate_nelbo
 
     device = _pick_device(device)
     loaded = lsgm_fast.load(model, device=device)
-    if loaded.config is None:
-        raise ValueError(f"{model} has no configuration")
+    assert loaded.config is not None  # whatever was loaded from a file has one
     if binarise is None:
         binarise = "none"
         if loaded.config.vae.decoder_distribution == "bernoulli":
@@ -369,6 +372,9 @@ def evaluate(
     config = DataConfig(source=data, size=size, channels=channels, binarise=binarise)
     source = open_data(config, split=split)
     check_data(source, loaded.config.vae)
+    if number is not None and number < len(source):
+        # Spread over the source: the first images of one that is sorted by label are all alike.
+        source = Subset(source, np.arange(number) * len(source) // number)
     reports = [
         evaluate_nelbo(
             loaded,
@@ -377,7 +383,6 @@ def evaluate(
             method=method,
             draws=draws,
             seed=seed,
-            limit=number,
             progress=sys.stderr.isatty() and not (quiet or as_json),
         )
         for name in priors
@@ -433,9 +438,8 @@ def _print_evaluation(data: str, reports: Sequence[NelboReport], difference: Pai
         return f"{report.prior} ({report.method})" if report.method else report.prior
 
     first, columns = reports[0], [parts(report) for report in reports]
-    table = Table(
-        title=f"{data}: {first.images} images, nats per image +- standard error", title_justify="left"
-    )
+    typer.echo(f"{data}: {first.images} images, nats per image +- standard error")
+    table = Table()
     table.add_column("prior")
     for report in reports:
         table.add_column(heading(report), justify="right", no_wrap=True)

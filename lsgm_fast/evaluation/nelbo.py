@@ -260,6 +260,7 @@ class _Bound:
                 iw_mode="ll_iw",
                 prior="score",
                 time_eps=self.time_eps,
+                control_variate=True,
             )
             self.evaluations += n
         elif self.method == "ode":
