@@ -825,7 +825,11 @@ def test_a_vae_alone():
     x = torch.rand(1, 1, 28, 28)
     groups = model.encode(x)
     assert model.decode(model.vae.merge_groups([g.eps for g in groups])).shape == x.shape
-    for call in (lambda: model.sample(1), lambda: model.sample_latents(1), lambda: model.nelbo(x)):
+    for call in (
+        lambda: model.sample(1),
+        lambda: model.sample_latents(1),
+        lambda: model.nelbo(x, prior="score"),
+    ):
         with pytest.raises(ValueError, match="only a VAE .a stage-1 checkpoint.*encode.. and decode.. work"):
             call()
 

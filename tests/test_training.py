@@ -173,9 +173,8 @@ def test_a_step_in_parts_is_the_whole_step(config: TrainingConfig, tmp_path: Pat
         ({"recompute": True}, 1e-6),
         ({"channels_last": True}, 1e-4),
         ({"precision": "bf16"}, 0.02),
-        ({"precision": "fp16"}, 0.005),
     ],
-    ids=["recompute", "channels_last", "bf16", "fp16"],
+    ids=["recompute", "channels_last", "bf16"],
 )
 def test_ways_to_compute_agree(
     stage: str, options: dict[str, Any], tolerance: float, config: TrainingConfig, tmp_path: Path
@@ -188,9 +187,22 @@ def test_ways_to_compute_agree(
         assert a["nelbo"] == pytest.approx(b["nelbo"], rel=tolerance)
 
 
+def test_half_precision_skips_steps_that_overflow_and_learns(config: TrainingConfig, tmp_path: Path) -> None:
+    config = config.replace(steps=30, log_every=1, kl=KLConfig(), save_every=10)
+    _run(config.replace(steps=1), tmp_path / "plain")
+    trainer = _run(config.replace(precision="fp16"), tmp_path / "half")
+    (plain,), half = _figures(tmp_path / "plain"), _figures(tmp_path / "half")
+    assert half[0]["nelbo"] == pytest.approx(plain["nelbo"], rel=2e-3)
+    assert half[-1]["nelbo"] < 0.7 * half[0]["nelbo"]
+    # Losses of thousands of nats times 2^10 overflow at first: the scale came down, and the run went on.
+    assert trainer._scaler.get_scale() < 2.0**10
+    assert all(math.isfinite(line["nelbo"]) for line in half)
+
+
 def test_clipping_bounds_what_the_optimizer_sees(config: TrainingConfig, tmp_path: Path) -> None:
     plain = config.replace(steps=1, log_every=1, warmup_steps=0)
-    sgd_like = plain.vae_optimizer.replace(eps=1e3, weight_decay=0.0)  # a step proportional to the gradient
+    # A step that is proportional to the gradient, and large enough for float32 to resolve it.
+    sgd_like = plain.vae_optimizer.replace(lr=10.0, eps=1e4, weight_decay=0.0)
     start = Trainer(plain.replace(vae_optimizer=sgd_like), tmp_path / "start", progress=False).model
     before = {k: v.clone() for k, v in start.named_parameters()}
     lengths = []
@@ -200,7 +212,7 @@ def test_clipping_bounds_what_the_optimizer_sees(config: TrainingConfig, tmp_pat
         lengths.append(float(torch.cat(moved).detach().norm()))
         norm = _figures(tmp_path / f"clip-{clip}")[0]["grad_norm_vae"]
     assert norm > 10.0  # the norm that is logged is the one before clipping
-    assert lengths[1] == pytest.approx(lengths[0] / norm, rel=0.05)
+    assert lengths[1] == pytest.approx(lengths[0] / norm, rel=0.1)
 
 
 # -- trouble ----------------------------------------------------------------------------------------------------------

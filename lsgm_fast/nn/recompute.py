@@ -52,7 +52,10 @@ class _SecondTime:
     """Around a second computation. Can be entered again: two backward passes through one graph compute twice."""
 
     def __init__(
-        self, convs: Sequence[nn.Module], weights: Sequence[torch.Tensor | None], choice: dispatch.Choice | None
+        self,
+        convs: Sequence[nn.Module],
+        weights: Sequence[torch.Tensor | None],
+        choice: dispatch.Choice | None,
     ) -> None:
         self._convs, self._weights, self._choice = convs, weights, choice
         self._before: list[tuple[list[torch.Tensor | None], bool, dispatch.Choice | None]] = []
