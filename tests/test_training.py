@@ -473,8 +473,8 @@ def test_the_published_layout_of_a_trained_model_draws_the_same(
     _run(config.replace(stage="lsgm", objective=objective), tmp_path / "run")
     ours = tmp_path / "run" / "model.safetensors"
     lsgm_fast.convert(ours, tmp_path / "published.pt")
+    lsgm_fast.checkpoints._noticed = False
     with pytest.warns(UserWarning, match="published LSGM release"):
-        lsgm_fast.checkpoints._noticed = False
         published = lsgm_fast.load(tmp_path / "published.pt")
     images = [model.sample(2, evaluations=3) for model in (lsgm_fast.load(ours), published)]
     assert torch.equal(*images)
