@@ -353,11 +353,8 @@ def evaluate(
     if out is not None:
         images.require_writable(out)
 
-    import numpy as np
-
     import lsgm_fast
-    from lsgm_fast.data import DataConfig, batches, check_data, open_data
-    from lsgm_fast.data.sources import Subset
+    from lsgm_fast.data import DataConfig, batches, check_data, open_data, spread
     from lsgm_fast.evaluation import compare, evaluate_nelbo
 
     device = _pick_device(device)
@@ -372,9 +369,8 @@ def evaluate(
     config = DataConfig(source=data, size=size, channels=channels, binarise=binarise)
     source = open_data(config, split=split)
     check_data(source, loaded.config.vae)
-    if number is not None and number < len(source):
-        # Spread over the source: the first images of one that is sorted by label are all alike.
-        source = Subset(source, np.arange(number) * len(source) // number)
+    if number is not None:
+        source = spread(source, number)
     reports = [
         evaluate_nelbo(
             loaded,

@@ -5,17 +5,15 @@ Every function does the right thing in a single process without a process group.
 
 from __future__ import annotations
 
-import os
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-T = TypeVar("T")
+from lsgm_fast import env
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What ``torchrun`` tells every process that it starts."""
+T = TypeVar("T")
 
 _BATCH_DIMS = (0, 2, 3)
 
@@ -36,7 +34,7 @@ def is_main() -> bool:
 
 
 def init(device: str | torch.device | None = None) -> torch.device:
-    """Join the process group that ``torchrun`` describes in the environment (:data:`VARIABLES`).
+    """Join the process group that ``torchrun`` describes in the environment (:func:`lsgm_fast.env.torchrun`).
 
     Without these variables this is a single process, and nothing is started. The group uses NCCL where every process
     of this machine has a CUDA device of its own, gloo otherwise.
@@ -56,28 +54,20 @@ def init(device: str | torch.device | None = None) -> torch.device:
     devices = torch.cuda.device_count()
     if kind == "cuda" and devices == 0:
         raise ValueError(f"device {str(device)!r} was asked for, but PyTorch sees no CUDA device: use 'cpu'")
-    found = [name for name in VARIABLES if os.environ.get(name)]
-    if not found:
+    processes = env.torchrun()
+    if processes is None:
         return torch.device(device if device is not None else ("cuda" if devices else "cpu"))
-    if missing := [name for name in VARIABLES if name not in found]:
-        raise ValueError(
-            f"the environment describes a process group only in part: {', '.join(found)} set, {', '.join(missing)} "
-            "not; start with torchrun, which sets all of them, or unset the former for a single process"
-        )
-    size, local = _number("WORLD_SIZE"), _number("LOCAL_RANK")
-    # torchrun says how many processes share this machine; without it all of them might.
-    on_this_machine = _number("LOCAL_WORLD_SIZE") if os.environ.get("LOCAL_WORLD_SIZE") else size
-    own_device = devices >= on_this_machine
+    own_device = devices >= processes.local_size
     if kind is None:
         kind = "cuda" if devices and own_device else "cpu"
-    chosen = torch.device(kind, local % devices) if kind == "cuda" else torch.device(kind)
+    chosen = torch.device(kind, processes.local_rank % devices) if kind == "cuda" else torch.device(kind)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if not _initialised():
         if chosen.type == "cuda" and own_device:
-            dist.init_process_group("nccl", rank=_number("RANK"), world_size=size, device_id=chosen)
+            dist.init_process_group("nccl", rank=processes.rank, world_size=processes.size, device_id=chosen)
         else:
-            dist.init_process_group("gloo", rank=_number("RANK"), world_size=size)
+            dist.init_process_group("gloo", rank=processes.rank, world_size=processes.size)
     return chosen
 
 
@@ -185,15 +175,6 @@ class _BatchMoments(torch.autograd.Function):
 
 def _initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _number(name: str) -> int:
-    try:
-        return int(os.environ[name])
-    except ValueError:
-        raise ValueError(
-            f"environment variable {name}={os.environ[name]!r}: expected a whole number"
-        ) from None
 
 
 def _transport(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,11 @@ def soft_clamp(x: torch.Tensor, limit: float = 5.0) -> torch.Tensor:
     return limit * torch.tanh(x / limit)
 
 
+def normal_cross_entropy(eps: torch.Tensor) -> torch.Tensor:
+    """``-log N(eps; 0, 1) = eps^2 / 2 + ln(2 pi) / 2``, elementwise nats."""
+    return 0.5 * eps.square() + 0.5 * math.log(2.0 * math.pi)
+
+
 class DecoderDistribution(ABC):
     """p(x | z) for images x in [-1, 1].
 

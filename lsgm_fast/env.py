@@ -8,6 +8,8 @@
 ``LSGM_FAST_CACHE``    Folder of self-test verdicts and compiled kernels; default ``lsgm_fast`` in the cache folder.
 ====================== ==============================================================================
 
+``torchrun``'s variables (:data:`TORCHRUN`) are read by :func:`torchrun`.
+
 ``LSGM_FAST_LIBRARY_PATH`` is the folder that the compiled libraries are loaded from, instead of the package's own.
 
 ``setup.py`` reads three more, when lsgm_fast is installed from its sources:
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lsgm_fast.errors import unknown_name
@@ -120,6 +123,50 @@ def library_path(environ: Mapping[str, str] | None = None) -> Path | None:
     """``LSGM_FAST_LIBRARY_PATH``; None where it is unset or empty."""
     value = (os.environ if environ is None else environ).get(LIBRARY_PATH)
     return Path(value) if value else None
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What ``torchrun`` tells every process that it starts."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Place of this process among those of a run: its number, how many there are, both of all and of this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def torchrun(environ: Mapping[str, str] | None = None) -> Processes | None:
+    """The processes that ``torchrun`` describes; None where it started nothing.
+
+    Raises:
+        ValueError: some of :data:`TORCHRUN` are set and others not, or a number among them is none.
+    """
+    source = os.environ if environ is None else environ
+    found = [name for name in TORCHRUN if source.get(name)]
+    if not found:
+        return None
+    if missing := [name for name in TORCHRUN if name not in found]:
+        raise ValueError(
+            f"the environment describes a process group only in part: {', '.join(found)} set, {', '.join(missing)} "
+            "not; start with torchrun, which sets all of them, or unset the former for a single process"
+        )
+
+    def number(name: str) -> int:
+        try:
+            return int(source[name])
+        except ValueError:
+            raise ValueError(
+                f"environment variable {name}={source[name]!r}: expected a whole number"
+            ) from None
+
+    size = number("WORLD_SIZE")
+    # Without a word on how many share this machine, all of them might.
+    local_size = number("LOCAL_WORLD_SIZE") if source.get("LOCAL_WORLD_SIZE") else size
+    return Processes(number("RANK"), size, number("LOCAL_RANK"), local_size)
 
 
 def variables_set(environ: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -30,6 +30,9 @@ IW_MODES = (
     "rescale_iw",
 )
 
+LIKELIHOOD_MODES = ("ll_iw", "ll_uniform")
+"""The modes whose weight makes the objective a bound of the likelihood."""
+
 # rescale_iw draws t uniformly, in spite of its published name.
 _UNIFORM_MODES = ("ll_uniform", "drop_all_uniform", "drop_sigma2t_uniform", "rescale_iw")
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lsgm_fast
-from lsgm_fast import distributed, random
+from lsgm_fast import distributed, env, random
 from lsgm_fast.nn.layers import BatchNormSwish
 
 SECONDS = 60.0  # for one answer of two processes; they need some 0.1 s
@@ -128,7 +128,7 @@ def _tensors(value):
 
 @pytest.fixture
 def no_group(monkeypatch):
-    for name in (*distributed.VARIABLES, "LOCAL_WORLD_SIZE"):
+    for name in (*env.TORCHRUN, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 

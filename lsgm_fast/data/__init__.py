@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lsgm_fast.data.config import DataConfig
 from lsgm_fast.data.opening import open_data
-from lsgm_fast.data.sources import ImageSource, check_data
+from lsgm_fast.data.sources import ImageSource, check_data, spread
 from lsgm_fast.data.stream import Batch, batches
 
-__all__ = ["Batch", "DataConfig", "ImageSource", "batches", "check_data", "open_data"]
+__all__ = ["Batch", "DataConfig", "ImageSource", "batches", "check_data", "open_data", "spread"]

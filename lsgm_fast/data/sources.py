@@ -80,6 +80,13 @@ class Subset:
         return self.source[int(self.indices[index])]
 
 
+def spread(source: ImageSource, number: int) -> ImageSource:
+    """``number`` images at even distances: the first ones of a source that is sorted by label are all alike."""
+    if number >= len(source):
+        return source
+    return Subset(source, np.arange(number) * len(source) // number)
+
+
 def check_data(source: ImageSource, vae: VAEConfig) -> None:
     """Raise unless the images fit the model: its channels, and its image size with or without the padded border.
 

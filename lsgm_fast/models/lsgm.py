@@ -16,17 +16,17 @@ from tqdm import tqdm
 
 from lsgm_fast import dispatch, ops, random
 from lsgm_fast.config import LSGMConfig, SamplingConfig, SDEConfig
+from lsgm_fast.distributions import normal_cross_entropy
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import BN_STATISTICS, NVAE, LatentGroup
 from lsgm_fast.sampling import Progress, Request, ScoreTerm, TunedGrid, choose, integrate, optimise_grid
 from lsgm_fast.sde import SDE, build_sde
-from lsgm_fast.weighting import iw_quantities
+from lsgm_fast.weighting import LIKELIHOOD_MODES, iw_quantities
 
 logger = logging.getLogger("lsgm_fast")
 
 DEFAULT_BATCH_SIZE = 64
-LIKELIHOOD_MODES = ("ll_iw", "ll_uniform")
 PRIORS = ("score", "normal")
 """Names of the priors that :meth:`LSGM.nelbo` accepts."""
 
@@ -552,7 +552,7 @@ class LSGM(nn.Module):
         if prior is None:
             prior = "normal" if self.prior is None else "score"
         if prior == "normal":
-            cross_entropy = _normal_cross_entropy
+            cross_entropy = normal_cross_entropy
         elif prior == "score":
             cross_entropy = self._score_cross_entropy(
                 diffusion_noise, rho, iw_mode, seed, time_eps, control_variate
@@ -576,7 +576,7 @@ class LSGM(nn.Module):
         splits = entropy.dim() > 1
         # (N, groups that the prior covers), or (N, 1) where the density is only known as a whole
         covered = entropy.reshape(n, in_prior if splits else 1, -1).sum(dim=2)
-        lower = [_normal_cross_entropy(g.eps).flatten(1).sum(dim=1) for g in groups[in_prior:]]
+        lower = [normal_cross_entropy(g.eps).flatten(1).sum(dim=1) for g in groups[in_prior:]]
         lower_groups = torch.stack(lower, dim=1) if lower else covered.new_zeros(n, 0)
         prior_part, lower_part = covered.sum(dim=1), lower_groups.sum(dim=1)
         log_q = log_q_groups.sum(dim=1)
@@ -662,11 +662,6 @@ class LSGM(nn.Module):
         from lsgm_fast import checkpoints
 
         checkpoints.save(self, path)
-
-
-def _normal_cross_entropy(eps: torch.Tensor) -> torch.Tensor:
-    """-log N(eps; 0, 1), elementwise nats."""
-    return 0.5 * eps.square() + 0.5 * math.log(2.0 * math.pi)
 
 
 def _check_temperature(name: str, value: float) -> None:

@@ -348,7 +348,10 @@ class NVAE(nn.Module):
         return state, groups
 
     def _posterior(self, i: int, feature: torch.Tensor, noise: torch.Tensor) -> LatentGroup:
-        mean, log_sigma = self.posterior[i](F.elu(feature)).chunk(2, dim=1)
+        parameters = self.posterior[i](F.elu(feature))
+        # Under autocast the convolution's output is in half precision, too coarse for densities of so many numbers.
+        parameters = parameters.to(torch.promote_types(parameters.dtype, noise.dtype))
+        mean, log_sigma = parameters.chunk(2, dim=1)
         mean, log_sigma = soft_clamp(mean), soft_clamp(log_sigma, self.config.log_sigma_scale)
         eps = mean + torch.exp(log_sigma) * noise
         log_q = -0.5 * noise.square() - 0.5 * math.log(2.0 * math.pi) - log_sigma

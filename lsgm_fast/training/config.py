@@ -12,14 +12,13 @@ from lsgm_fast.config import LSGMConfig, _Config, _require
 from lsgm_fast.data import DataConfig
 from lsgm_fast.errors import unknown_name
 from lsgm_fast.presets import get_preset
-from lsgm_fast.weighting import IW_MODES
+from lsgm_fast.weighting import IW_MODES, LIKELIHOOD_MODES
 
 STAGES = ("vae", "lsgm")
 OPTIMIZERS = ("adamax", "adam", "adamw")
 PRECISIONS = ("fp32", "bf16", "fp16")
 REWEIGHT = "reweight"
-Q_MODES = (REWEIGHT, "ll_uniform", "ll_iw")
-LIKELIHOOD_MODES = ("ll_uniform", "ll_iw")
+Q_MODES = (REWEIGHT, *LIKELIHOOD_MODES)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lsgm_fast import distributed, random
 from lsgm_fast import images as image_files
-from lsgm_fast import random
-from lsgm_fast.data import ImageSource, batches, open_data
+from lsgm_fast.data import ImageSource, batches, open_data, spread
 from lsgm_fast.evaluation import evaluate_nelbo
 from lsgm_fast.models.lsgm import LSGM
 from lsgm_fast.models.nvae import NVAE
@@ -152,7 +152,7 @@ class Display:
             again = model.decode(vae.merge_groups([g.eps for g in groups]), lower_noise=lower)
             original = x if x.shape == again.shape else vae.crop_images(x)
             grids["reconstructions"] = torch.stack((original, again), 1).flatten(0, 1)
-        for name, images in grids.items():
+        for name, images in grids.items() if distributed.is_main() else ():
             grid = image_files.make_grid(image_files.to_uint8(images))
             path = self.folder.samples / f"{name}-{step:08d}.png"
             try:
@@ -165,11 +165,11 @@ class Display:
     def evaluation(self, model: LSGM, step: int) -> None:
         """The NELBO of held-out images."""
         config = self.config.data
-        source = open_data(config, "held_out")
+        source = spread(open_data(config, "held_out"), self.config.eval_images)
         stream = batches(
             source, config, batch_size=min(self.config.batch_size, len(source)), seed=0, train=False
         )
-        report = evaluate_nelbo(model, stream, limit=self.config.eval_images)
+        report = evaluate_nelbo(model, stream)
         error = report.nelbo.standard_error or math.nan
         self.message(
             f"step {step}: held-out NELBO {report.nelbo.mean:.2f} +- {error:.2f} nats of {report.images} images "

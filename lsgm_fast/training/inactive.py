@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from lsgm_fast import random
+from lsgm_fast.distributions import normal_cross_entropy
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import NVAE
 
@@ -30,9 +30,7 @@ def inactive_channels(vae: NVAE, batches: Iterable[torch.Tensor], threshold: flo
             for i, shape in enumerate(vae.group_shapes)
         ]
         groups = vae.encode(x, noise)[: vae.config.groups_per_scale]
-        kl = torch.cat(
-            [g.log_q + 0.5 * g.eps.square() + 0.5 * math.log(2.0 * math.pi) for g in groups], dim=1
-        )
+        kl = torch.cat([g.log_q + normal_cross_entropy(g.eps) for g in groups], dim=1)
         total += kl.sum(dim=(0, 2, 3)).double().cpu()
         count += n
     vae.train(mode)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lsgm_fast import ops, random
+from lsgm_fast.distributions import normal_cross_entropy
 from lsgm_fast.models.lsgm import LSGM
 from lsgm_fast.models.ncsnpp import GroupNormSwish, NCSNpp
 from lsgm_fast.models.nvae import NVAE, LatentGroup
@@ -107,7 +108,7 @@ class VAEObjective(nn.Module):
         with normalized_weights(self.vae.weight_norm_convs) as convolutions:
             logits, groups = self.vae(x, draws.posterior)
         reconstruction = _reconstruction(self.vae, logits, x)
-        kl = torch.stack([_sum(g.log_q) + _normal_cross_entropy(g.eps) for g in groups], dim=1)
+        kl = torch.stack([_sum(g.log_q + normal_cross_entropy(g.eps)) for g in groups], dim=1)
         gamma = _coefficients(kl, self._alpha, weights)
         total = (reconstruction + (gamma * kl).sum(dim=1)).mean()
         regularisation = torch.zeros_like(total)
@@ -297,7 +298,7 @@ class LSGMObjective(nn.Module):
     def _kl(self, groups: Sequence[LatentGroup], top: torch.Tensor) -> torch.Tensor:
         """(N, G): log q plus cross entropy with the prior, which is N(0, I) below the top scale."""
         log_q = torch.stack([_sum(g.log_q) for g in groups], dim=1)
-        lower = [_normal_cross_entropy(g.eps) for g in groups[top.shape[1] :]]
+        lower = [_sum(normal_cross_entropy(g.eps)) for g in groups[top.shape[1] :]]
         return log_q + (torch.cat((top, torch.stack(lower, dim=1)), dim=1) if lower else top)
 
 
@@ -316,16 +317,8 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
-    return (
-        x.float().flatten(1).sum(dim=1)
-        if x.dtype in (torch.float16, torch.bfloat16)
-        else x.flatten(1).sum(dim=1)
-    )
-
-
-def _normal_cross_entropy(eps: torch.Tensor) -> torch.Tensor:
-    """``-log N(eps; 0, I)``, (N,) nats."""
-    return _sum(0.5 * eps.square() + 0.5 * math.log(2.0 * math.pi))
+    """Over everything but the images."""
+    return x.flatten(1).sum(dim=1)
 
 
 def _reconstruction(vae: NVAE, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -177,9 +177,8 @@ class Trainer:
         self._parallel: nn.Module = self.objective
         if distributed.world_size() > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
-            # Running statistics are the same everywhere already: they come from the statistics of all processes.
             self._parallel = DistributedDataParallel(
-                self.objective, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.objective, device_ids=devices, gradient_as_bucket_view=True
             )
 
     def _find_inactive(self) -> list[int]:
@@ -426,10 +425,9 @@ class Trainer:
         return self.step
 
     def _sample(self) -> None:
-        if distributed.is_main():
-            with self._averaged(), torch.no_grad():
-                self._show.samples(self.model, self.source, self.step)
-        distributed.barrier()
+        # In every process, since BatchNorm with the batch's statistics needs all of them; one writes.
+        with self._averaged(), torch.no_grad():
+            self._show.samples(self.model, self.source, self.step)
 
     def _evaluate(self) -> None:
         if distributed.is_main():
