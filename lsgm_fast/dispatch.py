@@ -328,7 +328,18 @@ def use_backend(spec: str) -> Iterator[None]:
         >>> with use_backend("reference"):
         ...     pass
     """
-    choice = parse_choice(spec)
+    with use_choice(parse_choice(spec)):
+        yield
+
+
+def current_choice() -> Choice | None:
+    """This thread's choice, for :func:`use_choice` in another one; None outside of :func:`use_backend`."""
+    return _state.choice
+
+
+@contextmanager
+def use_choice(choice: Choice | None) -> Iterator[None]:
+    """:func:`use_backend` for a choice that :func:`current_choice` returned."""
     previous = _state.choice
     _state.choice = choice
     try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def recomputed(module: nn.Module, *args: object, when: bool) -> torch.Tensor:
     convs = [m for m in module.modules() if hasattr(m, "prepared_weight")]
     weights = [conv.prepared_weight for conv in convs]
     # On CUDA it runs in another thread, to which a choice of this one means nothing.
-    choice = dispatch._state.choice
+    choice = dispatch.current_choice()
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _SecondTime(convs, weights, choice)
@@ -58,18 +58,28 @@ class _SecondTime:
         choice: dispatch.Choice | None,
     ) -> None:
         self._convs, self._weights, self._choice = convs, weights, choice
-        self._before: list[tuple[list[torch.Tensor | None], bool, dispatch.Choice | None]] = []
+        self._entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
-        before = [conv.prepared_weight for conv in self._convs]
-        self._before.append((before, _state.active, dispatch._state.choice))
-        _state.active, dispatch._state.choice = True, self._choice
-        _prepare(self._convs, self._weights)
+        stack = ExitStack()
+        stack.enter_context(_as_the_first(self._convs, self._weights))
+        stack.enter_context(dispatch.use_choice(self._choice))
+        self._entered.append(stack)
 
     def __exit__(self, *exc: object) -> None:
-        # PyTorch leaves early, through an exception, once it has all that the backward pass needs.
-        weights, _state.active, dispatch._state.choice = self._before.pop()
-        _prepare(self._convs, weights)
+        self._entered.pop().close()
+
+
+@contextmanager
+def _as_the_first(convs: Sequence[nn.Module], weights: Sequence[torch.Tensor | None]) -> Iterator[None]:
+    before, active_before = [conv.prepared_weight for conv in convs], _state.active
+    _state.active = True
+    _prepare(convs, weights)
+    try:
+        yield
+    finally:
+        _prepare(convs, before)
+        _state.active = active_before
 
 
 def _prepare(convs: Sequence[nn.Module], weights: Sequence[torch.Tensor | None]) -> None:
