@@ -19,7 +19,7 @@ import lsgm_fast
 from lsgm_fast import cli, data, random
 from lsgm_fast.config import LSGMConfig, SamplingConfig, ScoreConfig, VAEConfig
 from lsgm_fast.errors import NonFiniteError
-from lsgm_fast.evaluation import Estimate, NelboReport, compare, evaluate_nelbo
+from lsgm_fast.evaluation import Estimate, NelboReport, compare, evaluate_nelbo, out_of_distribution
 from lsgm_fast.models import LSGM, NVAE
 from lsgm_fast.sde import build_sde
 
@@ -483,6 +483,61 @@ def test_the_standard_error_of_a_known_sample():
     estimate = Estimate.of(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
     assert estimate.mean == 2.5
     assert estimate.standard_error == pytest.approx(math.sqrt(5 / 3) / 2)
+
+
+def test_the_importance_weighted_bound():
+    """By hand, tighter than the bound itself, and not below -log p(x), which quadrature would reach with more draws."""
+    model = model_of(None)
+    images = binary_images(6)
+    report = evaluate_nelbo(model, split(images, 4), draws=5)
+    logs = []
+    for draw in range(5):
+        reconstruction, log_q, eps = by_hand(model, images, posterior_noise(model, 6, draw=draw))
+        cross = sum(-STANDARD.log_prob(e).flatten(1).sum(dim=1) for e in eps)
+        logs.append(-(reconstruction + log_q.sum(dim=1) + cross))
+    expected = -(torch.logsumexp(torch.stack(logs), dim=0) - math.log(5))
+    assert report.importance_weighted.mean == pytest.approx(float(expected.mean()))
+    assert report.importance_weighted.mean < report.nelbo.mean
+    more = evaluate_nelbo(model, [images], draws=100)
+    assert more.importance_weighted.mean < report.importance_weighted.mean
+    assert evaluate_nelbo(model, [images]).importance_weighted is None
+
+
+def test_the_importance_weighted_bound_with_the_ode_and_the_spread_of_its_probes():
+    sde = build_sde(SDES["vpsde"])
+    model = model_of(Exact(sde), sampling=SamplingConfig(ode_eps=1e-3, tol=1e-6))
+    images = binary_images(4)
+    report = evaluate_nelbo(model, [images], method="ode", draws=3, measure_probes=True)
+    assert report.importance_weighted.mean < report.nelbo.mean
+    # The exact score's Jacobian is diagonal, where Rademacher probes have no spread.
+    assert report.probe_std < 1e-3
+    assert evaluate_nelbo(model, [images], method="ode").probe_std is None
+    diffusion = evaluate_nelbo(model, [images], draws=3, measure_probes=True)
+    assert diffusion.importance_weighted is None and diffusion.probe_std is None
+    torch.manual_seed(0)
+    mixed = model_of(Mixing(), sampling=SamplingConfig(ode_eps=1e-3, tol=1e-4))
+    one = evaluate_nelbo(mixed, [images], method="ode", measure_probes=True)
+    many = evaluate_nelbo(mixed, [images], method="ode", measure_probes=True, probes=16)
+    assert one.probe_std > 0.01
+    assert many.probe_std < 0.6 * one.probe_std
+
+
+class Mixing(torch.nn.Module):
+    """A network whose Jacobian is far from diagonal."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixing_logit = LOGIT
+        self.weight = torch.nn.Parameter(torch.randn(48, 48, dtype=torch.float64) / 7.0)
+
+    def forward(self, z, t):
+        return torch.tanh(z.flatten(1) @ self.weight).reshape(z.shape)
+
+
+def test_telling_foreign_images_apart():
+    a, b = report_with([1.0, 2.0, 3.0]), report_with([2.0, 5.0])
+    assert out_of_distribution(a, b) == pytest.approx((1 + 0.5 + 0 + 3) / 6)
+    assert out_of_distribution(a, a) == pytest.approx(0.5)
 
 
 def report_with(values):

@@ -9,6 +9,15 @@ from lsgm_fast.evaluation.nelbo import (
     PairedDifference,
     compare,
     evaluate_nelbo,
+    out_of_distribution,
 )
 
-__all__ = ["METHODS", "Estimate", "NelboReport", "PairedDifference", "compare", "evaluate_nelbo"]
+__all__ = [
+    "METHODS",
+    "Estimate",
+    "NelboReport",
+    "PairedDifference",
+    "compare",
+    "evaluate_nelbo",
+    "out_of_distribution",
+]
