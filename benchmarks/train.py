@@ -1,0 +1,450 @@
+"""What one training step costs: images per second, where the time goes, and peak memory.
+
+    python -m benchmarks.train                                   digits and mnist, batch 8, every kind of step
+    python -m benchmarks.train --recipe cifar10-fid --steps algorithm3 --batch 32 --precision bf16 --device cuda
+    python -m benchmarks.train --recipe mnist --recompute        the same with less memory
+
+Timed is the trainer's own step: the batch (random pixels, so no data set is needed), all random draws, forward and
+backward pass, the checks for NaN, regularisation, clipping, optimizers and the average of the weights; no log, no
+checkpoint. Kinds of step: ``vae`` (stage 1), ``algorithm1``, ``algorithm2`` (disjoint) and ``algorithm3`` of stage 2,
+and ``frozen`` (stage 2 with a VAE that stays as it is). In stage 2 the KL coefficient is 1, as in most of a run.
+
+Every case runs in a process of its own, because the CPU's peak of memory can only grow within one. ``peak_memory`` is
+that of CUDA's allocator on a GPU. On a CPU it is the largest resident size minus that before the model was built. In
+both cases it holds weights, optimizer states and gradients as well.
+
+``split`` comes from steps of its own that wait for the device after every part: ``forward`` is the objective's,
+``backward`` lasts until the gradients are complete (with the check of the loss), ``optimizer`` is unscaling, norms,
+clipping, optimizers and average, and ``rest`` what remains: batch, draws and sums for the log.
+``total_over_unsplit`` says what the waiting costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+from benchmarks.measure import Budget, MachineBusy, OutOfTime, measured, not_measured
+from benchmarks.published import settings
+from lsgm_fast.data import Batch, DataConfig, batches
+from lsgm_fast.dispatch import record
+from lsgm_fast.errors import unknown_name
+from lsgm_fast.presets import PRESETS
+from lsgm_fast.training import RECIPES, KLConfig, ObjectiveConfig, Trainer, TrainingConfig
+from lsgm_fast.training.config import PRECISIONS
+
+# The weights that the published recipes with these algorithms have, or nearly; all of them work with every SDE here.
+OBJECTIVES = {
+    "algorithm1": ObjectiveConfig(p_mode="ll_iw"),
+    "algorithm2": ObjectiveConfig(p_mode="drop_sigma2t_iw", q_mode="ll_iw", disjoint=True),
+    "algorithm3": ObjectiveConfig(p_mode="drop_sigma2t_iw"),
+    "frozen": ObjectiveConfig(p_mode="drop_sigma2t_iw", train_vae=False),
+}
+STEPS = ("vae", *OBJECTIVES)
+PARTS = ("forward", "backward", "optimizer", "rest")
+FIGURES = ("step", "images_per_second", "split", "peak_memory")
+
+# A run of which only the first steps are taken, at learning rates near 0.
+RUN_STEPS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of step of one model. ``channels_last``: None: as the recipe has it."""
+
+    recipe: str
+    step: str
+    batch: int
+    precision: str
+    recompute: bool
+    channels_last: bool | None
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.recipe} {self.step}"
+
+
+def configuration(case: Case, images: Path) -> TrainingConfig:
+    """The recipe's run with the case's options, on random images."""
+    stage = "vae" if case.step == "vae" else "lsgm"
+    if case.recipe in RECIPES:
+        base = RECIPES[case.recipe].vae if stage == "vae" else RECIPES[case.recipe].lsgm
+    else:
+        base = TrainingConfig(stage=stage, model=PRESETS[case.recipe])
+    if stage == "lsgm":
+        base = base.replace(kl=KLConfig(), objective=OBJECTIVES[case.step])
+    if case.channels_last is not None:
+        base = base.replace(channels_last=case.channels_last)
+    binary = base.model.vae.decoder_distribution == "bernoulli"
+    return base.replace(
+        data=DataConfig(str(images), binarise="dynamic" if binary else "none", held_out=0),
+        batch_size=case.batch,
+        accumulate=1,
+        steps=RUN_STEPS,
+        warmup_steps=RUN_STEPS,
+        precision=case.precision,
+        recompute=case.recompute,
+    )
+
+
+def random_images(case: Case, path: Path) -> None:
+    """Two batches of uniformly random pixels of the model's size."""
+    model = RECIPES[case.recipe].vae.model if case.recipe in RECIPES else PRESETS[case.recipe]
+    vae = model.vae
+    side = vae.image_size - 2 * vae.crop
+    shape = (2 * case.batch, side, side, vae.image_channels)
+    np.savez(path, images=np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+
+
+# -- one case, in its own process -----------------------------------------------------------------------------------
+
+
+class StepClock:
+    """Inside ``with``, marks when the parts of a trainer's step end; waits for the device at every mark."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._device = trainer, str(trainer.device)
+        self._marks: dict[str, float] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> StepClock:
+        trainer = self._trainer
+        hooks = (
+            trainer.objective.register_forward_pre_hook(lambda *args: self._mark("start")),
+            trainer.objective.register_forward_hook(lambda *args: self._mark("forward")),
+        )
+        self._undo = [hook.remove for hook in hooks]
+        # Of several optimizers the first one's gradients are unscaled when the backward pass has ended.
+        self._wrap(trainer._scaler, "unscale_", before="backward")
+        if trainer.ema is not None:
+            self._wrap(trainer.ema, "update", after="optimizer")
+        else:
+            self._wrap(trainer._scaler, "update", after="optimizer")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for undo in self._undo:
+            undo()
+
+    def _wrap(self, owner: object, name: str, before: str = "", after: str = "") -> None:
+        call = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if before and before not in self._marks:
+                self._mark(before)
+            result = call(*args, **kwargs)
+            if after:
+                self._mark(after)
+            return result
+
+        setattr(owner, name, timed)
+        self._undo.append(lambda: delattr(owner, name))
+
+    def _mark(self, name: str) -> None:
+        measure.synchronize(self._device)
+        self._marks[name] = time.perf_counter()
+
+    def __call__(self, stream: Iterator[Batch]) -> dict[str, float]:
+        """Seconds of one step and of its parts."""
+        self._marks.clear()
+        total = seconds(self._trainer, stream)
+        at = self._marks
+        out = {
+            "forward": at["forward"] - at["start"],
+            "backward": at["backward"] - at["forward"],
+            "optimizer": at["optimizer"] - at["backward"],
+        }
+        return out | {"rest": total - sum(out.values()), "total": total}
+
+
+def seconds(trainer: Trainer, stream: Iterator[Batch]) -> float:
+    """Seconds of one step."""
+    device = str(trainer.device)
+    measure.synchronize(device)
+    start = time.perf_counter()
+    trainer._one_step(stream)
+    measure.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _largest_resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
+
+
+def _peak_memory(device: str, before: int, largest_before: int) -> measure.Figure:
+    if device.startswith("cuda"):
+        return measured([torch.cuda.max_memory_allocated(device)], "bytes")
+    largest = _largest_resident_bytes()
+    if largest <= largest_before:
+        return not_measured("the steps stayed below what loading the libraries had taken")
+    return measured([largest - before], "bytes")
+
+
+def run_case(
+    case: Case, folder: Path, *, fewest: int, most: int, allowed: float, budget: Budget
+) -> dict[str, Any]:
+    """``figures``, ``backends`` and ``weights`` (how many are trained) of one case, in a process that did nothing else.
+
+    Steps without the split get about 70 % of the ``allowed`` seconds, those with it the rest, and each at least
+    ``fewest`` repeats. Memory is that of the former.
+
+    Raises:
+        OutOfTime: the budget ended before one step was finished.
+    """
+    images = folder / "images.npz"
+    random_images(case, images)
+    config = configuration(case, images)
+    before, largest = _resident_bytes(), _largest_resident_bytes()
+    trainer = Trainer(config, folder / "run", device=case.device, progress=False)
+    trainer._train_mode()
+    stream = batches(trainer.source, config.data, batch_size=case.batch, seed=config.seed)
+    with record() as log:
+        seconds(trainer, stream)  # not timed: the self-test of kernels may be a part of it
+    times = measure.repeat(
+        lambda: seconds(trainer, stream),
+        warmup=1,
+        fewest=fewest,
+        most=most,
+        seconds=0.7 * allowed,
+        budget=budget,
+    )
+    figures: dict[str, Any] = {
+        "step": measured(times, "s"),
+        "images_per_second": measured([case.batch / t for t in times], "images/s"),
+        "peak_memory": _peak_memory(case.device, before, largest),
+    }
+    try:
+        with StepClock(trainer) as clock:
+            split = measure.repeat(
+                lambda: clock(stream),
+                warmup=0,
+                fewest=fewest,
+                most=most,
+                seconds=0.3 * allowed,
+                budget=budget,
+            )
+    except OutOfTime as error:
+        figures["split"] = not_measured(str(error))
+    else:
+        unsplit = figures["step"]["median"]
+        figures["split"] = {part: measured([s[part] for s in split], "s") for part in (*PARTS, "total")}
+        figures["split"]["total_over_unsplit"] = measured([s["total"] / unsplit for s in split], "ratio")
+    weights = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    return {"figures": figures, "backends": log.backends(), "weights": weights}
+
+
+def in_this_process(folder: Path) -> None:
+    """Read ``case.json`` of a folder, run the case, and write ``result.json``."""
+    task = json.loads((folder / "case.json").read_text())
+    torch.set_num_threads(task["threads"])
+    try:
+        result = run_case(
+            Case(**task["case"]),
+            folder,
+            fewest=task["fewest"],
+            most=task["most"],
+            allowed=task["allowed"],
+            budget=Budget(task["budget"]),
+        )
+    except OutOfTime as error:
+        result = {"out_of_time": str(error)}
+    except Exception as error:  # a case may fail for any reason, and the others go on
+        result = {"failure": f"{type(error).__name__}: {error}".splitlines()[0]}
+    measure.write_json(folder / "result.json", result)
+
+
+# -- all cases ------------------------------------------------------------------------------------------------------
+
+
+def time_case(case: Case, budget: Budget, *, fewest: int, most: int, allowed: float) -> dict[str, Any]:
+    """A record's entry for one case.
+
+    Raises:
+        OutOfTime: the budget ended before one step was finished.
+    """
+    budget.check()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        task = {
+            "case": dataclasses.asdict(case),
+            "threads": torch.get_num_threads(),
+            "fewest": fewest,
+            "most": most,
+            "allowed": allowed,
+            "budget": budget.remaining(),
+        }
+        measure.write_json(folder / "case.json", task)
+        command = [sys.executable, "-m", "benchmarks.train", "--one-case", name]
+        try:
+            # A step under way when the budget ends is finished, unless it takes very long.
+            done = subprocess.run(
+                command,
+                cwd=measure.ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=budget.remaining() + 60.0,
+            )
+        except subprocess.TimeoutExpired:
+            raise OutOfTime(f"{measure.OUT_OF_TIME} of {budget.seconds:g} s is used up") from None
+        if (folder / "result.json").exists():
+            result = json.loads((folder / "result.json").read_text())
+        else:  # killed, for want of memory for instance
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            result = {"failure": f"the process ended with status {done.returncode}: {last[0]}"}
+    if "out_of_time" in result:
+        raise OutOfTime(result["out_of_time"])
+    failures = [result["failure"]] if "failure" in result else []
+    missing = {name: not_measured(f"the case failed: {failures[0]}") for name in FIGURES} if failures else {}
+    return {
+        "parameters": dataclasses.asdict(case) | {"trained_weights": result.get("weights")},
+        "backends": result.get("backends", {}),
+        "failures": failures,
+        "figures": missing or result["figures"],
+    }
+
+
+def table(entries: Sequence[dict[str, Any]]) -> str:
+    """The entries as text, one line per case; ``-`` where nothing was measured."""
+
+    def cell(figure: dict[str, Any], width: int, scale: float = 1.0, digits: int = 1) -> str:
+        known = figure.get("kind") == "measured"
+        return (f"{figure['median'] * scale:.{digits}f}" if known else "-").rjust(width)
+
+    head = f"{'recipe':<31}{'step':<11}{'batch':>6} {'precision':<10}{'images/s':>10}{'ms':>10}"
+    lines = [head + "".join(part.rjust(11) for part in PARTS) + f"{'peak MiB':>10}"]
+    for entry in entries:
+        p, figures = entry["parameters"], entry["figures"]
+        lines.append(
+            f"{p['recipe']:<31}{p['step']:<11}{p['batch']:>6} {p['precision']:<10}"
+            f"{cell(figures['images_per_second'], 10, digits=2)}{cell(figures['step'], 10, 1e3)}"
+            + "".join(cell(figures["split"].get(part, {}), 11, 1e3) for part in PARTS)
+            + cell(figures["peak_memory"], 10, 2**-20)
+        )
+    lines.append("medians; ms per step and of its parts, which come from steps that wait after each part")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(prog="python3 -m benchmarks.train", description=__doc__.split("\n")[0])
+    found.add_argument(
+        "--recipe", nargs="+", default=["digits", "mnist"], metavar="NAME", help="recipes or presets"
+    )
+    found.add_argument(
+        "--steps", nargs="+", default=list(STEPS), metavar="KIND", help=f"default: {' '.join(STEPS)}"
+    )
+    found.add_argument("--batch", type=int, default=8)
+    found.add_argument("--precision", default="fp32", help=" or ".join(PRECISIONS))
+    found.add_argument("--recompute", action="store_true", help="activations anew in the backward pass")
+    found.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, help="default: as the recipe"
+    )
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--repeats", type=int, nargs=2, default=[5, 20], metavar=("FEWEST", "MOST"))
+    found.add_argument("--budget", type=float, default=420.0, help="seconds, then stop cleanly")
+    found.add_argument("--name", default="train", help="of the record")
+    found.add_argument("--out", type=Path)
+    found.add_argument("--force", action="store_true", help="time on a machine that is not idle")
+    found.add_argument("--dry-run", action="store_true", help="mark the figures as a trial")
+    found.add_argument("--commit", help="in place of what git says")
+    found.add_argument("--one-case", type=Path, help=argparse.SUPPRESS)
+    return found
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    report: Callable[[str], None] = lambda text: print(text, flush=True),
+) -> int:
+    """Time, print and write ``<machine>/<name>.json``; 1: a case failed, 2: wrong usage, 3: a busy machine."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    known = parser()
+    options = known.parse_args(arguments)
+    if options.one_case is not None:
+        in_this_process(options.one_case)
+        return 0
+    for kind, values, valid in (
+        ("recipe", options.recipe, [*RECIPES, *(name for name in PRESETS if name not in RECIPES)]),
+        ("kind of step", options.steps, STEPS),
+        ("precision", [options.precision], PRECISIONS),
+    ):
+        for value in values:
+            if value not in valid:
+                known.error(str(unknown_name(kind, value, valid)))
+    fewest, most = options.repeats
+    if not 1 <= fewest <= most or options.batch < 1:
+        known.error(
+            f"expected --batch of at least 1 and --repeats FEWEST MOST with 1 <= FEWEST <= MOST, got {options.batch} "
+            f"and {fewest} {most}"
+        )
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        known.error("no CUDA device is usable here: try --device cpu")
+    try:
+        watch = measure.Watch(force=options.force)
+    except MachineBusy as busy:
+        print(busy, file=sys.stderr)
+        return 3
+    cases = [
+        Case(
+            recipe,
+            step,
+            options.batch,
+            options.precision,
+            options.recompute,
+            options.channels_last,
+            options.device,
+        )
+        for recipe in options.recipe
+        for step in options.steps
+    ]
+    budget = Budget(options.budget)
+    entries, left_out = [], []
+    for index, case in enumerate(cases):
+        allowed = max(budget.remaining(), 0.0) / (len(cases) - index)
+        try:
+            entries.append(time_case(case, budget, fewest=fewest, most=most, allowed=allowed))
+        except OutOfTime as error:
+            left_out.append(str(case))
+            report(f"{case}: left out, {error}")
+            continue
+        for failure in entries[-1]["failures"]:
+            report(f"{case}: failed: {failure}")
+    written = measure.write_record(
+        measure.results_folder(options.out, options.dry_run),
+        options.device,
+        name=options.name,
+        command=measure.command_line("benchmarks.train", arguments),
+        dry_run=options.dry_run,
+        machine=watch.entries(2.0),
+        environment=measure.environment(options.commit),
+        settings=settings(),
+        cases=entries,
+        left_out=left_out,
+    )
+    report(table(entries))
+    if not written["idle"]:
+        report("NOT IDLE: " + "; ".join(written["not_idle_because"]))
+    return 1 if any(entry["failures"] for entry in entries) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

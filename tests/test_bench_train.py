@@ -1,0 +1,211 @@
+"""The benchmark of training steps: its record, its split, and what it refuses. No figure of speed is asserted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lsgm_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+# benchmarks/ is no installed package: it runs from the repository.
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import measure, train  # noqa: E402
+from lsgm_fast.data import Batch, batches  # noqa: E402
+from lsgm_fast.presets import PRESETS  # noqa: E402
+from lsgm_fast.training import RECIPES, Trainer  # noqa: E402
+from lsgm_fast.training.optim import EMA  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = measure.MachineState(1.0, 2, (0.0, 0.0, 0.0), 0.0, 0.0)
+    monkeypatch.setattr(measure, "read_state", lambda *a, **k: state)
+    monkeypatch.setattr(measure, "_state_since", lambda *a, **k: state)
+
+
+def case(step: str = "vae", **changes: Any) -> train.Case:
+    values: dict[str, Any] = {
+        "recipe": "tiny-binary",
+        "step": step,
+        "batch": 2,
+        "precision": "fp32",
+        "recompute": False,
+        "channels_last": None,
+        "device": "cpu",
+    }
+    return train.Case(**{**values, **changes})
+
+
+def test_record_of_a_tiny_preset(tmp_path: Path, idle: None, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--recipe", "tiny-binary", "--steps", "algorithm2", "--batch", "2", "--repeats", "3", "3"]
+    arguments += ["--budget", "120", "--recompute", "--channels-last", "--dry-run"]
+    assert train.main([*arguments, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/train.json")
+    record = json.loads(path.read_text())
+    measure.check_record(record)
+    assert record["complete"] is True and record["idle"] is True and record["dry_run"] is True
+    assert record["command"] == " ".join(["python3 -m benchmarks.train", *arguments])
+    assert record["settings"]["threads"] == 1
+    (entry,) = record["cases"]
+    parameters, figures = entry["parameters"], entry["figures"]
+    trained = parameters.pop("trained_weights")
+    assert train.Case(**parameters) == case("algorithm2", recompute=True, channels_last=True)
+    assert not entry["failures"] and set(figures) == set(train.FIGURES)
+    assert len(figures["step"]["values"]) == 3 and figures["step"]["unit"] == "s"
+    assert figures["images_per_second"]["values"] == pytest.approx([2 / t for t in figures["step"]["values"]])
+    split = figures["split"]
+    for i, total in enumerate(split["total"]["values"]):
+        parts = [split[part]["values"][i] for part in train.PARTS]
+        assert min(parts) > 0.0 and sum(parts) == pytest.approx(total)
+    assert trained == sum(p.numel() for p in lsgm_fast.build("tiny-binary").parameters())
+    # Weights, their gradients and two moments, all in float32, are in memory at once.
+    assert 16 * trained < figures["peak_memory"]["median"] < 2**30
+    assert "score_matching_loss" in entry["backends"]
+    (line,) = [
+        line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiny-binary")
+    ]
+    assert line[1:4] == ["algorithm2", "2", "fp32"] and len(line) == 11
+    assert all(float(text) > 0.0 for text in line[4:])
+
+
+class Clock:
+    """A clock that only the fakes below advance, so that the split's arithmetic is exact."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def advance(self, by: float) -> None:
+        self.now += by
+
+
+@pytest.mark.parametrize(("step", "optimizers"), [("vae", 1), ("algorithm2", 2), ("frozen", 1)])
+def test_the_split_recovers_known_parts(
+    step: str, optimizers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = case(step)
+    train.random_images(chosen, tmp_path / "images.npz")
+    config = train.configuration(chosen, tmp_path / "images.npz")
+    trainer = Trainer(config, tmp_path / "run", device="cpu", progress=False)
+    trainer._train_mode()
+    clock = Clock()
+    monkeypatch.setattr(train, "time", clock)
+
+    def slow_data() -> Iterator[Batch]:
+        for batch in batches(trainer.source, config.data, batch_size=2, seed=0):
+            clock.advance(0.5)
+            yield batch
+
+    trainer.objective.register_forward_hook(lambda *args: clock.advance(4.0))
+    trained = next(p for p in reversed(list(trainer.model.parameters())) if p.requires_grad)
+    trained.register_post_accumulate_grad_hook(lambda p: clock.advance(8.0))
+    assert len(trainer._optimizers) == optimizers
+    for optimizer in trainer._optimizers.values():
+        optimizer.register_step_post_hook(lambda *args: clock.advance(2.0))
+    if trainer.ema is not None:
+        monkeypatch.setattr(EMA, "update", lambda average: clock.advance(1.0))
+    stream = slow_data()
+    with train.StepClock(trainer) as parts:
+        found = [parts(stream) for _ in range(2)]
+    expected = {"forward": 4.0, "backward": 8.0, "rest": 0.5}
+    expected["optimizer"] = 2.0 * optimizers + (1.0 if trainer.ema is not None else 0.0)
+    assert found == [expected | {"total": sum(expected.values())}] * 2
+    # Outside of it nothing is marked, and the step is the trainer's own again.
+    parts._marks.clear()
+    assert train.seconds(trainer, stream) == found[0]["total"] and not parts._marks
+
+
+def test_each_kind_of_step_is_the_algorithm_of_its_name() -> None:
+    for name in (*RECIPES, *PRESETS):
+        for step, algorithm in (("algorithm1", 1), ("algorithm2", 2), ("algorithm3", 3)):
+            config = train.configuration(case(step, recipe=name), Path("images.npz"))
+            assert config.stage == "lsgm" and config.objective.algorithm == algorithm
+            assert config.objective.train_vae and config.kl.start == config.kl.end == 1.0
+        assert not train.configuration(case("frozen", recipe=name), Path("x.npz")).objective.train_vae
+        assert train.configuration(case(recipe=name), Path("x.npz")).stage == "vae"
+    digits = {
+        choice: train.configuration(case(recipe="digits", channels_last=choice), Path("x.npz")).channels_last
+        for choice in (None, True, False)
+    }
+    assert digits == {None: RECIPES["digits"].vae.channels_last, True: True, False: False}
+    changed = train.configuration(case(recipe="digits", precision="bf16", recompute=True), Path("x.npz"))
+    assert changed.precision == "bf16" and changed.recompute
+
+
+def test_a_failing_case_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = {"case": train.dataclasses.asdict(case(device="nonsense")), "threads": 1, "fewest": 1, "most": 1}
+    (tmp_path / "case.json").write_text(json.dumps(task | {"allowed": 1.0, "budget": 60.0}))
+    assert train.main(["--one-case", str(tmp_path)]) == 0
+    assert "nonsense" in json.loads((tmp_path / "result.json").read_text())["failure"]
+    # A process that is killed leaves no result.
+    dead = tmp_path / "python"
+    dead.write_text("#!/bin/sh\necho no memory >&2\nkill -9 $$\n")
+    dead.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(dead))
+    entry = train.time_case(case(), measure.Budget(60), fewest=1, most=1, allowed=1.0)
+    assert entry["failures"] == ["the process ended with status -9: no memory"]
+    assert {figure["kind"] for figure in entry["figures"].values()} == {"not_measured"}
+    assert train.table([entry]).splitlines()[1].split()[4:] == ["-"] * 7
+
+
+def test_without_time_there_are_no_figures(tmp_path: Path, idle: None) -> None:
+    arguments = ["--recipe", "tiny-binary", "tiny-rgb", "--budget", "1e-6", "--out", str(tmp_path)]
+    assert train.main(arguments) == 0
+    (path,) = tmp_path.glob("*/train.json")
+    record = json.loads(path.read_text())
+    assert record["complete"] is False and record["cases"] == []
+    assert record["left_out"] == [f"{name} {step}" for name in arguments[1:3] for step in train.STEPS]
+
+
+def test_a_busy_machine_is_not_timed(
+    tmp_path: Path, idle: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "busy_because", lambda *args, **kwargs: ["a test says so"])
+    assert train.main(["--recipe", "tiny-rgb", "--out", str(tmp_path)]) == 3
+    assert "a test says so" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "mnits"], "mnist"),
+        (["--steps", "algorithm4"], "algorithm"),
+        (["--precision", "fp8"], "fp16"),
+        (["--batch", "0"], "got 0"),
+        (["--repeats", "3", "2"], "3 2"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_record_on_a_gpu(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    arguments = ["--recipe", "tiny-rgb", "--steps", "algorithm1", "--batch", "2", "--device", "cuda"]
+    assert train.main([*arguments, "--force", "--dry-run", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/train.json")
+    (entry,) = json.loads(path.read_text())["cases"]
+    # The allocator's own count: no context or library is in it.
+    assert 16 * entry["parameters"]["trained_weights"] < entry["figures"]["peak_memory"]["median"] < 2**29
