@@ -121,7 +121,7 @@ def test_stage_2_of_every_recipe() -> None:
             ("--disjoint_training", config.objective.disjoint),
         ):
             assert (flag in published) == on, (name, flag)
-        assert config.vae_optimizer.name == "adamw" and config.score_optimizer.name == "adam"
+        assert config.vae_optimizer.name == "adamw" and config.score_optimizer.name == "adamw"
         if name != "digits":
             warmup = 5.0 if name.startswith("cifar10") else 20.0
             assert (config.warmup_epochs, config.precision, config.ema) == (warmup, "fp16", 0.9999)

@@ -7,7 +7,7 @@
         log.txt                what was printed, with the time of day
         metrics.jsonl          one line per logged step
         checkpoints/step-00001000.pt    everything needed to go on, the newest few
-        samples/step-00001000.png
+        samples/samples-00001000.png
         tensorboard/
         model.safetensors      the model as of the newest checkpoint (averaged weights), for sampling
 """

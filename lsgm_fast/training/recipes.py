@@ -37,7 +37,7 @@ _CONTINUED_ANNEALING = KLConfig(start=0.7, end=1.0, anneal=0.1)
 
 def _score_optimizer(lr: float, lr_min: float | None = None) -> OptimizerConfig:
     return OptimizerConfig(
-        "adam", lr=lr, lr_min=lr if lr_min is None else lr_min, weight_decay=3e-4, eps=1e-4
+        "adamw", lr=lr, lr_min=lr if lr_min is None else lr_min, weight_decay=3e-4, eps=1e-4
     )
 
 
