@@ -34,6 +34,11 @@ logger = logging.getLogger("lsgm_fast")
 FORMAT = "lsgm_fast.training"
 VERSION = 1
 _NAME = re.compile(r"^step-(\d+)\.pt$")
+# What atomic_path calls the files of a run until they are complete; a process that is killed leaves one.
+_TEMPORARY = re.compile(
+    r"^\.((config|run|metrics|model)|(step|samples|reconstructions)-\d+)"
+    r"\.[0-9a-f]{8}\.(yaml|json|jsonl|safetensors|pt|png)$"
+)
 
 
 class RunFolder:
@@ -66,14 +71,24 @@ class RunFolder:
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}): "
                     "give another folder, or the same options to go on with it"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not _TEMPORARY.match(entry.name) for entry in self.path.iterdir()):
             raise FileExistsError(f"{self.path} is not empty and holds no training run: give another folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        # First of all: it is what makes this folder a run's, should the process die here.
+        write_config(config, self.config)
         self.checkpoints.mkdir(exist_ok=True)
         self.samples.mkdir(exist_ok=True)
-        write_config(config, self.config)
         with atomic_path(self.path / "run.json") as temporary:
             temporary.write_text(json.dumps(environment, indent=1) + "\n")
+
+    def _sweep(self) -> None:
+        """Remove the temporary files of processes that were killed while writing."""
+        for folder in (self.path, self.checkpoints, self.samples):
+            if folder.is_dir():
+                for entry in folder.iterdir():
+                    if _TEMPORARY.match(entry.name):
+                        entry.unlink(missing_ok=True)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
