@@ -174,7 +174,7 @@ def test_what_a_killed_writer_leaves_is_swept(options: Path, tmp_path: Path) -> 
     (folder / TEMPORARIES[-1]).write_text("mod")
     config = TrainingConfig(
         model=PRESETS["tiny-binary"],
-        data=DataConfig(str(options.parent / "blobs.npz"), binarise="dynamic"),
+        data=DataConfig(str(options.parent / "blobs.npz"), binarise="dynamic", held_out=8),
         batch_size=4,
         steps=1,
         sample_every=0,

@@ -169,6 +169,7 @@ class RunFolder:
         """Drop the lines of steps that will be done again."""
         if not self.metrics.exists():
             return
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
-        with atomic_path(self.metrics) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = "".join(json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step)
+        if kept != self.metrics.read_text():
+            with atomic_path(self.metrics) as temporary:
+                temporary.write_text(kept)

@@ -174,6 +174,8 @@ class Trainer:
         )
         if state is not None:
             self._restore(state)
+        if distributed.is_main():
+            self.folder.forget_after(self.step)
         self._parallel: nn.Module = self.objective
         if distributed.world_size() > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
@@ -217,8 +219,6 @@ class Trainer:
         for name, regulariser in self._regularisers.items():
             regulariser.load_state_dict(state["regularisers"][name])
         self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        if distributed.is_main():
-            self.folder.forget_after(self.step)
         self._show.message(f"going on at step {self.step} of {self.total_steps}")
 
     def save(self) -> None:
