@@ -106,7 +106,8 @@ class Trainer:
             "score": SpectralRegulariser(config.seed),
         }
         self._sums: dict[str, torch.Tensor] = {}
-        self._stop = False
+        self._stop_asked = False  # here, by a signal
+        self._stop = False  # agreed upon by all processes
         self._show = Display(config, self.folder, progress and distributed.is_main())
         self._prepare()
 
@@ -382,9 +383,8 @@ class Trainer:
         """Whether all is well in every process; also carries a request to stop to all of them."""
         if distributed.world_size() == 1:
             return good
-        flags = torch.tensor([float(not good), float(self._stop)], device=self.device)
-        bad, stop = (distributed.all_reduce_mean(flags) > 0.0).tolist()
-        self._stop = stop
+        flags = torch.tensor([float(not good), float(self._stop_asked)], device=self.device)
+        bad, self._stop = (distributed.all_reduce_mean(flags) > 0.0).tolist()
         return not bad
 
     def _give_up(self, batch: Batch, weights: Weights, part: int, what: str) -> None:
@@ -452,9 +452,11 @@ class Trainer:
         """Ctrl-C and SIGTERM end the run after the step that is being done; a second one at once."""
 
         def stop(number: int, frame: object) -> None:
-            if self._stop:
+            if self._stop_asked:
                 raise KeyboardInterrupt
-            self._stop = True
+            self._stop_asked = True
+            # Signals reach the processes of a group in different steps: there _agree decides for all of them.
+            self._stop = distributed.world_size() == 1
             self._show.message("stopping after this step")
 
         previous: dict[signal.Signals, Any] = {}
