@@ -332,6 +332,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
         self.step += 1
+        parts = _over_all_processes(parts)
         for name, value in (parts | norms | {"count": torch.ones((), device=self.device)}).items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         return (
@@ -404,9 +405,8 @@ class Trainer:
     # -- what a person sees -------------------------------------------------------------------------------------
 
     def _log(self, last: dict[str, Any]) -> None:
-        sums = {name: distributed.all_reduce_mean(value) for name, value in sorted(self._sums.items())}
-        count = sums.pop("count")
-        values = {name: (value / count).tolist() for name, value in sums.items()}
+        count = self._sums.pop("count")
+        values = {name: (value / count).tolist() for name, value in sorted(self._sums.items())}
         line: dict[str, Any] = {"step": self.step} | values
         line |= {name: value for name, value in last.items() if isinstance(value, float)}
         self._sums = {}
@@ -470,6 +470,21 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _over_all_processes(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Means over the processes, in one collective.
+
+    Of every step and not of every line: so the sums that a checkpoint holds are those of all processes.
+    """
+    if distributed.world_size() == 1:
+        return parts
+    values = [value.detach().float() for value in parts.values()]
+    means = distributed.all_reduce_mean(torch.cat([value.reshape(-1) for value in values]))
+    pieces = means.split([value.numel() for value in values])
+    return {
+        name: piece.view(value.shape) for name, piece, value in zip(parts, pieces, values, strict=True)
+    }
 
 
 def _dropout_seed(seed: int, step: int, part: int, rank: int) -> int:
