@@ -9,7 +9,7 @@
         checkpoints/step-00001000.pt    everything needed to go on, the newest few
         samples/step-00001000.png
         tensorboard/
-        model.safetensors      the model as of the newest checkpoint (averaged weights), for sampling
+        model.safetensors      the model as of the newest checkpoint (averaged weights), for sampling; written first
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lsgm_fast.errors import CheckpointError
 from lsgm_fast.files import atomic_path
+from lsgm_fast.models.lsgm import LSGM
 from lsgm_fast.training.config import TrainingConfig, differences, read_config, write_config
 
 logger = logging.getLogger("lsgm_fast")
@@ -115,13 +117,26 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except RuntimeError as error:  # PyTorch's writer hides the system's error
-            free = shutil.disk_usage(self.checkpoints).free
-            raise OSError(
-                errno.ENOSPC, f"cannot write the checkpoint ({free / 1e6:.0f} MB free): {error}", str(path)
-            ) from error
+            raise self._cannot_write(path, error) from error
         for old in self.steps()[:-keep]:
             self.checkpoint(old).unlink(missing_ok=True)
         return path
+
+    def save_model(self, model: LSGM) -> None:
+        """Write the model for sampling.
+
+        Raises:
+            OSError: it could not be written; an older one stays.
+        """
+        try:
+            model.save(self.model)
+        except SafetensorError as error:  # its writer's form of the system's error
+            raise self._cannot_write(self.model, error) from error
+
+    def _cannot_write(self, path: Path, error: Exception) -> OSError:
+        free = shutil.disk_usage(self.path).free
+        reason = str(error).strip().splitlines()[0]
+        return OSError(errno.ENOSPC, f"cannot be written ({free / 1e6:.0f} MB free): {reason}", str(path))
 
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read; None where there is none.

@@ -223,15 +223,16 @@ class Trainer:
         self._show.message(f"going on at step {self.step} of {self.total_steps}")
 
     def save(self) -> None:
-        """Write a checkpoint and the model for sampling (process 0 alone).
+        """Write the model for sampling and a checkpoint (process 0 alone).
 
         Raises:
             OSError: the disk is full or the like; older files stay as they were.
         """
         if distributed.is_main():
-            self.folder.save(self._state(), self.config.keep)
+            # In this order: a run that is killed in between does these steps again, and both are written.
             with self._averaged():
-                self.model.save(self.folder.model)
+                self.folder.save_model(self.model)
+            self.folder.save(self._state(), self.config.keep)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
