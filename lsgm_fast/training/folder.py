@@ -20,6 +20,8 @@ import logging
 import os
 import re
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.model = self.path / "model.safetensors"
         self.tensorboard = self.path / "tensorboard"
+        self._unwritten: dict[Path, list[str]] = {self.metrics: [], self.log: []}
 
     def open(self, config: TrainingConfig, environment: dict[str, Any]) -> None:
         """Make the folder, or check that the run in it has the same configuration.
@@ -165,8 +168,29 @@ class RunFolder:
     # -- figures over time --------------------------------------------------------------------------------------
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add a line of figures.
+
+        Raises:
+            OSError: it could not be written, and is kept for the next call.
+        """
+        self._append(self.metrics, json.dumps(line))
+
+    def append_log(self, text: str) -> None:
+        """Add a line to the log, with the time. As :meth:`append_metrics` otherwise."""
+        self._append(self.log, time.strftime("%Y-%m-%d %H:%M:%S ") + text)
+
+    def _append(self, path: Path, line: str) -> None:
+        lines = self._unwritten[path]
+        lines.append(line + "\n")
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.writelines(lines)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, size)  # half a line would spoil the next one
+            raise
+        lines.clear()
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines."""
