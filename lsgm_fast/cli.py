@@ -570,14 +570,11 @@ def _train(
     changes = list(overrides or ())
     if data is not None:
         changes.append(f"data.source={data}")
-    settled = assemble(stage, recipe=recipe, file=config, overrides=changes, vae=vae)
+    chosen = None if device == "auto" else _pick_device(device)
     try:
-        trainer = Trainer(
-            settled,
-            out,
-            device=None if device == "auto" else _pick_device(device),
-            progress=not (quiet or as_json),
-        )
+        distributed.init(chosen)
+        settled = assemble(stage, recipe=recipe, file=config, overrides=changes, vae=vae)
+        trainer = Trainer(settled, out, device=chosen, progress=not (quiet or as_json))
         result = trainer.run()
         if distributed.is_main():
             if as_json:
@@ -586,10 +583,32 @@ def _train(
             elif not quiet:
                 state = "stopped" if result.interrupted else "finished"
                 typer.echo(f"{state} at step {result.step}: {result.model}")
+    except Exception as error:
+        described = _describe(error)
+        if described is not None and not _first_to_say(described[0]):
+            raise typer.Exit(described[1]) from None
+        raise
     finally:
         distributed.shutdown()
     if result.interrupted:
         raise typer.Exit(130)
+
+
+def _first_to_say(message: str) -> bool:
+    """Whether no other process of the group has said so: most errors are those of all of them."""
+    import hashlib
+
+    import torch.distributed as dist
+
+    from lsgm_fast import distributed
+
+    if distributed.world_size() == 1:
+        return True
+    key = f"lsgm_fast.said.{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        return dist.distributed_c10d._get_default_store().add(key, 1) == 1
+    except RuntimeError:  # the process that has the store is gone
+        return True
 
 
 bench_app = typer.Typer(rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})

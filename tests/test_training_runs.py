@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file
 from lsgm_fast.data import DataConfig
 from lsgm_fast.presets import PRESETS
 from lsgm_fast.training import Trainer, TrainingConfig
+from lsgm_fast.training.config import from_mapping, read_config
 from lsgm_fast.training.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +90,7 @@ def _end(process: subprocess.Popen[str], seconds: float = SECONDS) -> tuple[int,
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         out, err = process.communicate()
         pytest.fail(f"still running after {seconds} s:\n{out}\n{err}")
     return process.returncode, out, err
@@ -108,10 +111,13 @@ def _wait(process: subprocess.Popen[str], ready: Any, seconds: float = SECONDS) 
 
 
 def _kill(process: subprocess.Popen[str]) -> bool:
-    """Kill at once; whether it was still running."""
+    """Kill at once, with the processes that it has started; whether it was still running."""
     if process.poll() is None:
-        process.kill()
-    process.communicate()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, children)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
     return process.returncode == -signal.SIGKILL
 
 
@@ -239,3 +245,260 @@ def test_stops_where_it_is_told_to_and_goes_on(
     assert 4 <= step < 30 and _figures(folder.path)[-1]["step"] == step
     _finish(command)
     _assert_same(folder.path, whole[0])
+
+
+def test_a_second_signal_ends_a_step_that_hangs(
+    options: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(from_mapping(read_config(options)), tmp_path / "run", device="cpu", progress=False)
+    before = signal.getsignal(signal.SIGINT)
+
+    def hang(*_: object) -> None:
+        for seconds in (0.5, SECONDS):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(seconds)
+
+    monkeypatch.setattr(trainer, "_one_step", hang)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert 0.5 <= time.monotonic() - start < 30.0
+    assert signal.getsignal(signal.SIGINT) is before
+    assert RunFolder(tmp_path / "run").steps() == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_workers_too(options: Path, whole: tuple[Path, Path], tmp_path: Path) -> None:
+    """A terminal sends it to every process there; batches are made in others than the one that trains."""
+    command = _command(options, tmp_path / "run", "data.workers=2", "accumulate=2")
+    process = _start(command)
+    _wait(process, lambda: _lines(tmp_path / "run") >= 4)
+    os.killpg(process.pid, signal.SIGINT)
+    code, out, err = _end(process)
+    assert code == 130 and "stopped at step" in out and "Traceback" not in err, err
+    _finish(command)
+    _assert_tidy(tmp_path / "run")
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """A file system of its own at ``folder``."""
+    folder.mkdir(exist_ok=True)
+    _mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder))
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def _mount(*arguments: str) -> None:
+    try:
+        done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+
+
+def _fill(file: Path) -> None:
+    """Grow ``file`` until not a byte is left."""
+    with open(file, "wb", buffering=0) as stream:
+        for size in (1 << 16, 1):
+            with suppress(OSError):
+                while True:
+                    stream.write(bytes(size))
+
+
+def test_a_disk_too_small_for_a_second_checkpoint(
+    options: Path, whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    with _disk(disk, 3):
+        command = _command(options, disk / "run")
+        code, out, err = _end(_start(command))
+        assert code == 2 and "finished" not in out
+        (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+        assert "MB free" in line and str(disk / "run") in line
+        assert "Traceback" not in err and "Error" not in err.replace(line, "")
+        assert "step 6 is not saved" in out and "the last is 3" in out
+        folder = RunFolder(disk / "run")
+        assert folder.steps() == [3] and folder.load()["step"] == 3
+        assert load_file(folder.model) and _figures(folder.path) == _figures(whole[0])
+        _assert_tidy(folder.path)
+        _mount("-o", "remount,size=16m", str(disk))
+        _finish(command)
+        _assert_same(folder.path, whole[0])
+
+
+def test_a_disk_that_is_full_for_a_while(options: Path, whole: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not one byte is free for some steps: neither figures nor messages may be lost or broken."""
+    disk = tmp_path / "disk"
+    with _disk(disk, 16):
+        process = _start(_command(options, disk / "run"), PYTHONUNBUFFERED="1")
+        _wait(process, lambda: _lines(disk / "run") >= 4)
+        _fill(disk / "ballast")
+        assert process.stdout is not None
+        said = ""
+        while "is not saved" not in said:
+            said = process.stdout.readline()
+            assert said, process.communicate()
+        for line in (disk / "run" / "metrics.jsonl").read_text().splitlines():
+            json.loads(line)
+        (disk / "ballast").unlink()
+        code, out, err = _end(process)
+        assert code == 0 and "finished at step 30" in out, err
+        assert "Traceback" not in err and "Logging error" not in err
+        _assert_same(disk / "run", whole[0])
+        log = (disk / "run" / "log.txt").read_text().splitlines()
+        shown = [int(line.split(" step ")[1].split(":")[0]) for line in log if ", kl " in line]
+        assert shown == list(range(1, 31)) and any("is not saved" in line for line in log)
+        # Started again with the disk full it says so, and leaves everything as it is.
+        _fill(disk / "ballast")
+        code, _, err = _end(_start(_command(options, disk / "run")))
+        assert code == 2 and err.count("error: ") == 1 and "No space left" in err
+        _assert_same(disk / "run", whole[0])
+
+
+# -- many processes ---------------------------------------------------------------------------------------------------
+
+
+def _assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """The figures that depend on all of a step: sums of float32 in another order."""
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if name.startswith(("nelbo", "kl_groups", "grad_norm", "p_loss", "regularisation")):
+                scale = float(np.abs(b[name]).max())
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-4 * scale), (a["step"], name)
+
+
+def test_a_group_trains_as_one_process_is_killed_and_interrupted(
+    options: Path, whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = _group(_command(options, folder))
+    process = _start(command)
+    _wait(process, lambda: _lines(folder) >= 8)
+    assert _kill(process)
+    _assert_close(_figures(folder)[:6], _figures(whole[0])[:6])
+    before, done = _figures(folder)[:6], RunFolder(folder).steps()[-1]
+    process = _start(command)
+    _wait(process, lambda: _figures(folder)[-1]["step"] >= done + 4)
+    process.send_signal(signal.SIGINT)  # it passes this on
+    code, out, err = _end(process)
+    step = RunFolder(folder).steps()[-1]
+    assert code != 0 and done + 4 <= step < 30
+    assert out.count("stopped at step") == 1 and f"stopped at step {step}" in out
+    assert [line["step"] for line in _figures(folder)] == list(range(1, step + 1))
+    assert _figures(folder)[:6] == before
+    assert "deprecated" not in err
+    _assert_tidy(folder)
+
+
+def test_a_batch_that_a_group_cannot_share(options: Path, tmp_path: Path) -> None:
+    code, _, err = _end(_start(_group(_command(options, tmp_path / "run", "batch_size=1"))))
+    assert code != 0 and err.count("error: a batch of 1 in 1 part(s) cannot be divided among 2") == 1
+    assert err.count("exitcode  : 2") == 2 - err.count("exitcode  : -15")  # torchrun's list of who failed
+    assert not (tmp_path / "run").exists()
+
+
+POISON = """
+import os, sys
+import torch
+from lsgm_fast import cli
+from lsgm_fast.training import trainer
+
+original = trainer.batches
+
+def poisoned(*arguments, **options):
+    for step, batch in enumerate(original(*arguments, **options)):
+        if step == 4 and options["rank"] == int(os.environ["POISONED_RANK"]):
+            batch.images[0, 0, 10, 10] = torch.nan
+        yield batch
+
+trainer.batches = poisoned
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_nan_in_one_process_stops_all(options: Path, tmp_path: Path) -> None:
+    driver = tmp_path / "driver.py"
+    driver.write_text(POISON)
+    command = _group([sys.executable, str(driver), *_command(options, tmp_path / "run")[3:]])
+    code, _, err = _end(_start(command, POISONED_RANK="1"))
+    assert code != 0 and "error: step 5: the loss is NaN or infinite" in err
+    assert "the checkpoint of step 3 is kept" in err and RunFolder(tmp_path / "run").steps() == [3]
+    assert len(_figures(tmp_path / "run")) == 4
+
+
+def test_a_folder_that_process_0_refuses(options: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    code, _, err = _end(_start(_group(_command(options, tmp_path))))
+    assert code != 0 and err.count("error: ") == 1 and "holds no training run" in err
+
+
+STAGE_2 = {
+    "algorithm 1": (),
+    "algorithm 3, balanced": ("objective.p_mode=drop_all_iw",),
+    "algorithm 3": ("objective.p_mode=drop_sigma2t_iw", "kl.start=1.0", "kl.end=1.0"),
+    "algorithm 2, disjoint": (
+        "objective.p_mode=drop_sigma2t_iw",
+        "objective.q_mode=ll_iw",
+        "objective.disjoint=true",
+    ),
+    "algorithm 2 against the average": (
+        "objective.q_mode=ll_uniform",
+        "objective.update_q_ema=true",
+        "ema=0.5",
+    ),
+    "frozen, in parts": ("objective.train_vae=false", "accumulate=2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STAGE_2)
+def test_stage_2_in_a_group(case: str, options: Path, whole: tuple[Path, Path], tmp_path: Path) -> None:
+    # Images and the NELBO along the way: process 0 alone makes them, and the others wait.
+    overrides = ("steps=6", "model.score.dropout=0", "sample_every=3", "eval_every=6", *STAGE_2[case])
+    one, two = (
+        _command(options, tmp_path / name, *overrides, vae=whole[0] / "model.safetensors")
+        for name in ("one", "two")
+    )
+    _finish(one)
+    _finish(_group(two))
+    ours, theirs = _figures(tmp_path / "two"), _figures(tmp_path / "one")
+    _assert_close(ours[:6], theirs[:6])
+    if "frozen" not in case:
+        assert ours[6]["held_out_nelbo"] == pytest.approx(theirs[6]["held_out_nelbo"], rel=1e-3)
+    assert len(list((tmp_path / "two" / "samples").iterdir())) == 2
+    _assert_tidy(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_group_that_is_killed_gives_the_same(
+    options: Path, whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Lines are means over steps before and after the kills here."""
+    overrides = ("log_every=5", "save_every=2", "model.score.dropout=0.2")
+    vae = whole[0] / "model.safetensors"
+    _finish(_group(_command(options, tmp_path / "whole", *overrides, vae=vae)))
+    folder, generator = tmp_path / "run", random.Random(3)
+    command = _group(_command(options, folder, *overrides, vae=vae))
+    for done in (2, 8, 14):
+        process = _start(command)
+        _wait(process, lambda done=done: max(RunFolder(folder).steps(), default=0) >= done)
+        time.sleep(generator.uniform(0.0, 0.3))
+        assert _kill(process)
+    _finish(command)
+    _assert_same(folder, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_group_with_one_message(options: Path, tmp_path: Path) -> None:
+    with _disk(tmp_path / "disk", 3):
+        code, _, err = _end(_start(_group(_command(options, tmp_path / "disk" / "run"))))
+        assert code != 0 and err.count("error: ") == 1 and "MB free" in err

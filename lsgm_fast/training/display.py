@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -65,7 +66,8 @@ class Display:
         )
         self._since = time.perf_counter()
         try:
-            yield
+            with _quiet_event_thread():
+                yield
         finally:
             self._bar.close()
             self._bar = None
@@ -177,6 +179,22 @@ class Display:
         except OSError as failure:
             self.message(f"cannot write the log: {failure}")
         self._to_tensorboard(lambda writer: writer.add_scalar("held_out_nelbo", report.nelbo.mean, step))
+
+
+@contextmanager
+def _quiet_event_thread() -> Iterator[None]:
+    """TensorBoard's thread raises what went wrong in the next call as well: its own traceback says nothing more."""
+    previous = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            previous(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
 
 
 def _events(writer: Any, line: dict[str, Any], mixing: torch.Tensor | None) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import logging
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,11 +133,16 @@ class Trainer:
         """Objective, optimizers and averages around the model, and the state of the newest checkpoint in them."""
         c = self.config
         state = None
+        _in_process_0(lambda: self.folder.open(c, _environment(self.device)))
         if distributed.is_main():
-            self.folder.open(c, _environment(self.device))
             self._show.log_to_file()
-        distributed.barrier()
         state = self.folder.load()
+        step = state["step"] if state is not None else 0
+        if (expected := distributed.broadcast_object(step)) != step:
+            raise ValueError(
+                f"process {distributed.rank()} finds step {step} in {self.folder.path} and process 0 step {expected}: "
+                "the run's folder must be one that all processes share"
+            )
         vae, prior = self.model.vae, self.model.prior
         assert isinstance(vae, NVAE)
         vae.recompute = c.recompute
@@ -175,14 +181,15 @@ class Trainer:
         )
         if state is not None:
             self._restore(state)
-        if distributed.is_main():
-            self.folder.forget_after(self.step)
+        _in_process_0(lambda: self.folder.forget_after(self.step))
         self._parallel: nn.Module = self.objective
         if distributed.world_size() > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
             # Running statistics are the same everywhere already: they come from the statistics of all processes.
+            named = inspect.signature(DistributedDataParallel).parameters
+            option = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
             self._parallel = DistributedDataParallel(
-                self.objective, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.objective, device_ids=devices, gradient_as_bucket_view=True, **{option: False}
             )
 
     def _find_inactive(self) -> list[int]:
@@ -223,16 +230,15 @@ class Trainer:
         self._show.message(f"going on at step {self.step} of {self.total_steps}")
 
     def save(self) -> None:
-        """Write the model for sampling and a checkpoint (process 0 alone).
+        """Write the model for sampling and a checkpoint; in a group, for process 0 to call.
 
         Raises:
             OSError: the disk is full or the like; older files stay as they were.
         """
-        if distributed.is_main():
-            # In this order: a run that is killed in between does these steps again, and both are written.
-            with self._averaged():
-                self.folder.save_model(self.model)
-            self.folder.save(self._state(), self.config.keep)
+        # In this order: a run that is killed in between does these steps again, and both are written.
+        with self._averaged():
+            self.folder.save_model(self.model)
+        self.folder.save(self._state(), self.config.keep)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -285,8 +291,8 @@ class Trainer:
                     self._sample()
                 if self.config.eval_every and self._due(self.config.eval_every):
                     self._evaluate()
-            if saved != self.step or not self.folder.model.exists():
-                self.save()
+            if distributed.broadcast_object(saved != self.step or not self.folder.model.exists()):
+                _in_process_0(self.save)
             distributed.barrier()
         return Result(self.folder.path, self.folder.model, self.step, self.step < self.total_steps, last)
 
@@ -418,7 +424,8 @@ class Trainer:
 
     def _try_saving(self, saved: int) -> int:
         try:
-            self.save()
+            if distributed.is_main():
+                self.save()
         except OSError as error:
             self._show.message(
                 f"step {self.step} is not saved: {error}; training goes on, the last is {saved}"
@@ -471,6 +478,18 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _in_process_0(action: Callable[[], object]) -> None:
+    """Do it in process 0 while the others wait; an exception there is raised in all of them."""
+    failure: Exception | None = None
+    if distributed.is_main():
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    if (failure := distributed.broadcast_object(failure)) is not None:
+        raise failure
 
 
 def _over_all_processes(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
