@@ -584,29 +584,26 @@ def _train(
                 state = "stopped" if result.interrupted else "finished"
                 typer.echo(f"{state} at step {result.step}: {result.model}")
     except Exception as error:
+        if _first_to_fail():
+            raise
         described = _describe(error)
-        if described is not None and not _first_to_say(described[0]):
-            raise typer.Exit(described[1]) from None
-        raise
+        raise typer.Exit(described[1] if described is not None else 1) from None
     finally:
         distributed.shutdown()
     if result.interrupted:
         raise typer.Exit(130)
 
 
-def _first_to_say(message: str) -> bool:
-    """Whether no other process of the group has said so: most errors are those of all of them."""
-    import hashlib
-
+def _first_to_fail() -> bool:
+    """Whether no other process of the group has failed. The first says why; the others fail alike, or because of it."""
     import torch.distributed as dist
 
     from lsgm_fast import distributed
 
     if distributed.world_size() == 1:
         return True
-    key = f"lsgm_fast.said.{hashlib.sha256(message.encode()).hexdigest()}"
     try:
-        return dist.distributed_c10d._get_default_store().add(key, 1) == 1
+        return dist.distributed_c10d._get_default_store().add("lsgm_fast.failed", 1) == 1
     except RuntimeError:  # the process that has the store is gone
         return True
 

@@ -118,7 +118,9 @@ class Display:
         try:
             self.folder.append_metrics(line)
             if self._files:
-                self.folder.append_log(f"step {line['step']}: {text}, {line['images_per_second']:.4g} images/s")
+                self.folder.append_log(
+                    f"step {line['step']}: {text}, {line['images_per_second']:.4g} images/s"
+                )
             self._failed = False
         except OSError as error:
             if not self._failed:

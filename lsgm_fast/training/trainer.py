@@ -502,9 +502,7 @@ def _over_all_processes(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     values = [value.detach().float() for value in parts.values()]
     means = distributed.all_reduce_mean(torch.cat([value.reshape(-1) for value in values]))
     pieces = means.split([value.numel() for value in values])
-    return {
-        name: piece.view(value.shape) for name, piece, value in zip(parts, pieces, values, strict=True)
-    }
+    return {name: piece.view(value.shape) for name, piece, value in zip(parts, pieces, values, strict=True)}
 
 
 def _dropout_seed(seed: int, step: int, part: int, rank: int) -> int:
