@@ -20,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lsgm_fast import distributed
 from lsgm_fast.data import DataConfig
 from lsgm_fast.presets import PRESETS
 from lsgm_fast.training import Trainer, TrainingConfig
@@ -193,6 +194,30 @@ def test_what_a_killed_writer_leaves_is_swept(options: Path, tmp_path: Path) -> 
     assert [name for name in TEMPORARIES + others if (folder / name).exists()] == list(others)
 
 
+def test_killed_between_the_last_model_and_its_checkpoint(
+    options: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_mapping(read_config(options)).replace(steps=4, save_every=2)
+    Trainer(config, tmp_path / "whole", device="cpu", progress=False).run()
+    trainer = Trainer(config, tmp_path / "run", device="cpu", progress=False)
+
+    def dies_after(write: Any) -> Any:
+        def wrapped(*arguments: Any) -> None:
+            write(*arguments)
+            if trainer.step == 4:
+                raise MemoryError("killed")
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("save", "save_model"):
+            patch.setattr(RunFolder, name, dies_after(getattr(RunFolder, name)))
+        with pytest.raises(MemoryError):
+            trainer.run()
+    Trainer(config, tmp_path / "run", device="cpu", progress=False).run()
+    _assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_killed_fifty_times(options: Path, whole: tuple[Path, Path], tmp_path: Path) -> None:
     """At any moment, from the start of Python to the middle of a write; saving takes half of the time here."""
@@ -265,6 +290,21 @@ def test_a_second_signal_ends_a_step_that_hangs(
     assert 0.5 <= time.monotonic() - start < 30.0
     assert signal.getsignal(signal.SIGINT) is before
     assert RunFolder(tmp_path / "run").steps() == []
+
+
+def test_a_group_decides_together_when_to_stop(
+    options: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(from_mapping(read_config(options)), tmp_path / "run", device="cpu", progress=False)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with trainer._signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not trainer._stop  # the other process may have begun its next step
+        # What arrives while they agree counts the next time.
+        monkeypatch.setattr(distributed, "all_reduce_mean", lambda flags: torch.zeros_like(flags))
+        assert trainer._agree(True) and not trainer._stop
+        monkeypatch.setattr(distributed, "all_reduce_mean", lambda flags: flags / 2)
+        assert trainer._agree(True) and trainer._stop
 
 
 @pytest.mark.slow
@@ -453,6 +493,15 @@ def test_trouble_in_one_process_stops_all(what: str, said: str, options: Path, t
     assert "[rank" not in err  # the prefix of tracebacks in a group
     assert RunFolder(tmp_path / "run").steps() == [3]
     assert [line["step"] for line in _figures(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_processes_that_find_different_checkpoints(
+    options: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of the same name on two machines."""
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: 6 if value == 0 else value)
+    with pytest.raises(ValueError, match="finds step 0 .* process 0 step 6: .* that all processes share"):
+        Trainer(from_mapping(read_config(options)), tmp_path / "run", device="cpu", progress=False)
 
 
 @pytest.mark.slow
