@@ -566,14 +566,11 @@ def _train(
     changes = list(overrides or ())
     if data is not None:
         changes.append(f"data.source={data}")
-    settled = assemble(stage, recipe=recipe, file=config, overrides=changes, vae=vae)
+    chosen = None if device == "auto" else _pick_device(device)
     try:
-        trainer = Trainer(
-            settled,
-            out,
-            device=None if device == "auto" else _pick_device(device),
-            progress=not (quiet or as_json),
-        )
+        distributed.init(chosen)
+        settled = assemble(stage, recipe=recipe, file=config, overrides=changes, vae=vae)
+        trainer = Trainer(settled, out, device=chosen, progress=not (quiet or as_json))
         result = trainer.run()
         if distributed.is_main():
             if as_json:
@@ -582,6 +579,11 @@ def _train(
             elif not quiet:
                 state = "stopped" if result.interrupted else "finished"
                 typer.echo(f"{state} at step {result.step}: {result.model}")
+    except Exception as error:
+        if distributed.first_to_fail():
+            raise
+        described = _describe(error)
+        raise typer.Exit(described[1] if described is not None else 1) from None
     finally:
         distributed.shutdown()
     if result.interrupted:
@@ -931,7 +933,7 @@ def _describe(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, (ValueError, OSError)):
         return str(error), 2
     if type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory: {error}; try a smaller --batch-size", 1
+        return f"out of memory: {error}; compute fewer images at a time", 1
     if (
         isinstance(error, ArithmeticError) or type(error).__name__ == "SolverError"
     ):  # by name: importing it needs torch

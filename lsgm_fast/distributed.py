@@ -92,6 +92,17 @@ def broadcast_object(value: T, source: int = 0) -> T:
     return values[0]
 
 
+def first_to_fail() -> bool:
+    """Whether no other process of the group has called this. The first one says what is wrong; the others fail alike,
+    or because of it. True without a process group."""
+    if world_size() == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("lsgm_fast.failed", 1) == 1
+    except RuntimeError:  # the process that has the store is gone
+        return True
+
+
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     """Mean over the processes of a floating-point tensor that has the same shape in all of them.
 

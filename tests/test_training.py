@@ -313,11 +313,14 @@ def test_another_configuration_is_refused_and_named(config: TrainingConfig, tmp_
     [
         ({"batch_size": 1000}, r"fewer than batch_size=1000"),
         ({"model": PRESETS["tiny-rgb"]}, r"28"),
+        ({"eval_every": 4, "data": {"held_out": 0}}, r"held_out=0 keeps no images back"),
     ],
 )
 def test_data_that_do_not_fit(
     change: dict[str, Any], message: str, config: TrainingConfig, tmp_path: Path
 ) -> None:
+    if "data" in change:
+        change = change | {"data": config.data.replace(**change["data"])}
     with pytest.raises(ValueError, match=message):
         Trainer(config.replace(**change), tmp_path / "run")
 

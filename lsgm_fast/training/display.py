@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ from lsgm_fast import distributed, random
 from lsgm_fast import images as image_files
 from lsgm_fast.data import ImageSource, batches, open_data, spread
 from lsgm_fast.evaluation import evaluate_nelbo
+from lsgm_fast.images import UInt8Array
 from lsgm_fast.models.lsgm import LSGM
 from lsgm_fast.models.nvae import NVAE
 from lsgm_fast.training.config import TrainingConfig
 from lsgm_fast.training.folder import RunFolder
-
-logger = logging.getLogger("lsgm_fast")
 
 GRID = 36
 SHOWN = ("nelbo", "p_loss", "reconstruction", "kl", "kl_coefficient", "lr_vae", "lr_score")
@@ -37,18 +37,18 @@ class Display:
         self.config, self.folder, self.enabled = config, folder, enabled
         self._bar: tqdm[Any] | None = None
         self._writer: Any = None
-        self._handler: logging.Handler | None = None
+        self._files = False
         self._since, self._images = time.perf_counter(), 0
         self._failed = False
 
     def log_to_file(self) -> None:
-        """From now on messages go to the run's log as well."""
-        self._handler = logging.FileHandler(self.folder.log)
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        """From now on messages go to the run's log as well: this is the process that writes."""
+        self._files = True
 
     def message(self, text: str) -> None:
-        if self._handler is not None:
-            self._handler.emit(logger.makeRecord(logger.name, logging.INFO, "", 0, text, (), None))
+        if self._files:
+            with suppress(OSError):  # the log catches up with its next line
+                self.folder.append_log(text)
         if self.enabled:
             tqdm.write(text) if self._bar is None else self._bar.write(text)
 
@@ -66,24 +66,37 @@ class Display:
         )
         self._since = time.perf_counter()
         try:
-            yield
+            with _quiet_event_thread():
+                yield
         finally:
             self._bar.close()
             self._bar = None
-            if self._writer is not None:
-                self._writer.close()
-            if self._handler is not None:
-                self._handler.close()
+            self._to_tensorboard(lambda writer: writer.close())
+            self._writer = None
 
     def _tensorboard(self, step: int) -> Any:
-        if self._handler is None:  # not the process that writes
+        if not self._files:
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.message('no TensorBoard files: pip install "lsgm-fast[train]" brings them')
             return None
-        return SummaryWriter(str(self.folder.tensorboard), purge_step=step + 1)
+        try:
+            return SummaryWriter(str(self.folder.tensorboard), purge_step=step + 1)
+        except OSError as error:
+            self.message(f"no TensorBoard files: {error}; training goes on")
+            return None
+
+    def _to_tensorboard(self, write: Callable[[Any], None]) -> None:
+        """Call ``write`` with the writer, if there is one. One that failed once never works again."""
+        if self._writer is None:
+            return
+        try:
+            write(self._writer)
+        except OSError as error:
+            self._writer = None
+            self.message(f"no more TensorBoard files: {error}; training goes on")
 
     # -- during the run -----------------------------------------------------------------------------------------
 
@@ -104,32 +117,20 @@ class Display:
         text = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
         try:
             self.folder.append_metrics(line)
-            self._log_line(f"step {line['step']}: {text}, {line['images_per_second']:.4g} images/s")
-            if self._writer is not None:
-                self._events(line, mixing)
+            if self._files:
+                self.folder.append_log(
+                    f"step {line['step']}: {text}, {line['images_per_second']:.4g} images/s"
+                )
+            self._failed = False
         except OSError as error:
             if not self._failed:
                 self.message(f"cannot write the log: {error}; training goes on")
             self._failed = True
+        self._to_tensorboard(lambda writer: _events(writer, line, mixing))
         if self._bar is not None:
             self._bar.set_postfix_str(
                 ", ".join(text.split(", ")[:3]) + f", {line['images_per_second']:.4g} images/s"
             )
-
-    def _log_line(self, text: str) -> None:
-        if self._handler is not None:
-            self._handler.emit(logger.makeRecord(logger.name, logging.INFO, "", 0, text, (), None))
-
-    def _events(self, line: dict[str, Any], mixing: torch.Tensor | None) -> None:
-        step = line["step"]
-        for name, value in line.items():
-            if isinstance(value, list):
-                for i, item in enumerate(value):
-                    self._writer.add_scalar(f"{name}/{i}", item, step)
-            elif name != "step":
-                self._writer.add_scalar(name, value, step)
-        if mixing is not None:
-            self._writer.add_histogram("mixing_coefficient", mixing.cpu(), step)
 
     def samples(self, model: LSGM, source: ImageSource, step: int) -> None:
         """A grid of images from the model; in stage 1 also reconstructions beside their originals."""
@@ -157,10 +158,9 @@ class Display:
             path = self.folder.samples / f"{name}-{step:08d}.png"
             try:
                 image_files.save_png(path, grid)
-                if self._writer is not None:
-                    self._writer.add_image(name, grid, step, dataformats="HWC")
             except OSError as error:
                 self.message(f"cannot write {path}: {error}")
+            self._to_tensorboard(partial(_image, name=name, grid=grid, step=step))
 
     def evaluation(self, model: LSGM, step: int) -> None:
         """The NELBO of held-out images."""
@@ -178,7 +178,39 @@ class Display:
         line = {"step": step, "held_out_nelbo": report.nelbo.mean, "held_out_standard_error": error}
         try:
             self.folder.append_metrics(line)
-            if self._writer is not None:
-                self._writer.add_scalar("held_out_nelbo", report.nelbo.mean, step)
         except OSError as failure:
             self.message(f"cannot write the log: {failure}")
+        self._to_tensorboard(lambda writer: writer.add_scalar("held_out_nelbo", report.nelbo.mean, step))
+
+
+@contextmanager
+def _quiet_event_thread() -> Iterator[None]:
+    """TensorBoard's thread raises what went wrong in the next call as well: its own traceback says nothing more."""
+    previous = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            previous(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
+
+
+def _events(writer: Any, line: dict[str, Any], mixing: torch.Tensor | None) -> None:
+    step = line["step"]
+    for name, value in line.items():
+        if isinstance(value, list):
+            for i, item in enumerate(value):
+                writer.add_scalar(f"{name}/{i}", item, step)
+        elif name != "step":
+            writer.add_scalar(name, value, step)
+    if mixing is not None:
+        writer.add_histogram("mixing_coefficient", mixing.cpu(), step)
+    writer.flush()  # else a kill loses up to two minutes of them
+
+
+def _image(writer: Any, name: str, grid: UInt8Array, step: int) -> None:
+    writer.add_image(name, grid, step, dataformats="HWC")

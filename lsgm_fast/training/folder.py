@@ -9,7 +9,7 @@
         checkpoints/step-00001000.pt    everything needed to go on, the newest few
         samples/samples-00001000.png
         tensorboard/
-        model.safetensors      the model as of the newest checkpoint (averaged weights), for sampling
+        model.safetensors      the model as of the newest checkpoint (averaged weights), for sampling; written first
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ import logging
 import os
 import re
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from lsgm_fast.errors import CheckpointError
 from lsgm_fast.files import atomic_path
+from lsgm_fast.models.lsgm import LSGM
 from lsgm_fast.training.config import TrainingConfig, differences, read_config, write_config
 
 logger = logging.getLogger("lsgm_fast")
@@ -34,6 +38,11 @@ logger = logging.getLogger("lsgm_fast")
 FORMAT = "lsgm_fast.training"
 VERSION = 1
 _NAME = re.compile(r"^step-(\d+)\.pt$")
+# What atomic_path calls the files of a run until they are complete; a process that is killed leaves one.
+_TEMPORARY = re.compile(
+    r"^\.((config|run|metrics|model)|(step|samples|reconstructions)-\d+)"
+    r"\.[0-9a-f]{8}\.(yaml|json|jsonl|safetensors|pt|png)$"
+)
 
 
 class RunFolder:
@@ -48,6 +57,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.model = self.path / "model.safetensors"
         self.tensorboard = self.path / "tensorboard"
+        self._unwritten: dict[Path, list[str]] = {self.metrics: [], self.log: []}
 
     def open(self, config: TrainingConfig, environment: dict[str, Any]) -> None:
         """Make the folder, or check that the run in it has the same configuration.
@@ -66,14 +76,24 @@ class RunFolder:
                     f"{self.path} holds a run with another configuration ({'; '.join(changed)}): "
                     "give another folder, or the same options to go on with it"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not _TEMPORARY.match(entry.name) for entry in self.path.iterdir()):
             raise FileExistsError(f"{self.path} is not empty and holds no training run: give another folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        # First of all: it is what makes this folder a run's, should the process die here.
+        write_config(config, self.config)
         self.checkpoints.mkdir(exist_ok=True)
         self.samples.mkdir(exist_ok=True)
-        write_config(config, self.config)
         with atomic_path(self.path / "run.json") as temporary:
             temporary.write_text(json.dumps(environment, indent=1) + "\n")
+
+    def _sweep(self) -> None:
+        """Remove the temporary files of processes that were killed while writing."""
+        for folder in (self.path, self.checkpoints, self.samples):
+            if folder.is_dir():
+                for entry in folder.iterdir():
+                    if _TEMPORARY.match(entry.name):
+                        entry.unlink(missing_ok=True)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -100,13 +120,26 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except RuntimeError as error:  # PyTorch's writer hides the system's error
-            free = shutil.disk_usage(self.checkpoints).free
-            raise OSError(
-                errno.ENOSPC, f"cannot write the checkpoint ({free / 1e6:.0f} MB free): {error}", str(path)
-            ) from error
+            raise self._cannot_write(path, error) from error
         for old in self.steps()[:-keep]:
             self.checkpoint(old).unlink(missing_ok=True)
         return path
+
+    def save_model(self, model: LSGM) -> None:
+        """Write the model for sampling.
+
+        Raises:
+            OSError: it could not be written; an older one stays.
+        """
+        try:
+            model.save(self.model)
+        except SafetensorError as error:  # its writer's form of the system's error
+            raise self._cannot_write(self.model, error) from error
+
+    def _cannot_write(self, path: Path, error: Exception) -> OSError:
+        free = shutil.disk_usage(self.path).free
+        reason = str(error).strip().splitlines()[0]
+        return OSError(errno.ENOSPC, f"cannot be written ({free / 1e6:.0f} MB free): {reason}", str(path))
 
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read; None where there is none.
@@ -135,8 +168,29 @@ class RunFolder:
     # -- figures over time --------------------------------------------------------------------------------------
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add a line of figures.
+
+        Raises:
+            OSError: it could not be written, and is kept for the next call.
+        """
+        self._append(self.metrics, json.dumps(line))
+
+    def append_log(self, text: str) -> None:
+        """Add a line to the log, with the time. As :meth:`append_metrics` otherwise."""
+        self._append(self.log, time.strftime("%Y-%m-%d %H:%M:%S ") + text)
+
+    def _append(self, path: Path, line: str) -> None:
+        lines = self._unwritten[path]
+        lines.append(line + "\n")
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.writelines(lines)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, size)  # half a line would spoil the next one
+            raise
+        lines.clear()
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines."""
@@ -154,6 +208,7 @@ class RunFolder:
         """Drop the lines of steps that will be done again."""
         if not self.metrics.exists():
             return
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
-        with atomic_path(self.metrics) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = "".join(json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step)
+        if kept != self.metrics.read_text():
+            with atomic_path(self.metrics) as temporary:
+                temporary.write_text(kept)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import logging
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,8 @@ class Trainer:
             raise ValueError(
                 f"the data set has {len(self.source)} images, fewer than batch_size={config.batch_size}"
             )
+        if config.eval_every:
+            open_data(config.data, "held_out")  # what is missing is said now, and not at the first evaluation
         self.total_steps = config.total_steps(len(self.source))
         self.warmup = config.warmup(len(self.source))
         self.folder = RunFolder(folder)
@@ -106,7 +109,8 @@ class Trainer:
             "score": SpectralRegulariser(config.seed),
         }
         self._sums: dict[str, torch.Tensor] = {}
-        self._stop = False
+        self._stop_asked = False  # here, by a signal
+        self._stop = False  # agreed upon by all processes
         self._show = Display(config, self.folder, progress and distributed.is_main())
         self._prepare()
 
@@ -130,12 +134,16 @@ class Trainer:
     def _prepare(self) -> None:
         """Objective, optimizers and averages around the model, and the state of the newest checkpoint in them."""
         c = self.config
-        state = None
+        _in_process_0(lambda: self.folder.open(c, _environment(self.device)))
         if distributed.is_main():
-            self.folder.open(c, _environment(self.device))
             self._show.log_to_file()
-        distributed.barrier()
         state = self.folder.load()
+        step = state["step"] if state is not None else 0
+        if (expected := distributed.broadcast_object(step)) != step:
+            raise ValueError(
+                f"process {distributed.rank()} finds step {step} in {self.folder.path} and process 0 step {expected}: "
+                "the run's folder must be one that all processes share"
+            )
         vae, prior = self.model.vae, self.model.prior
         assert isinstance(vae, NVAE)
         vae.recompute = c.recompute
@@ -174,11 +182,15 @@ class Trainer:
         )
         if state is not None:
             self._restore(state)
+        _in_process_0(lambda: self.folder.forget_after(self.step))
         self._parallel: nn.Module = self.objective
         if distributed.world_size() > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
+            # Running statistics are the same everywhere already: they come from the statistics of all processes.
+            named = inspect.signature(DistributedDataParallel).parameters
+            option = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"
             self._parallel = DistributedDataParallel(
-                self.objective, device_ids=devices, gradient_as_bucket_view=True
+                self.objective, device_ids=devices, gradient_as_bucket_view=True, **{option: False}
             )
 
     def _find_inactive(self) -> list[int]:
@@ -216,20 +228,18 @@ class Trainer:
         for name, regulariser in self._regularisers.items():
             regulariser.load_state_dict(state["regularisers"][name])
         self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        if distributed.is_main():
-            self.folder.forget_after(self.step)
         self._show.message(f"going on at step {self.step} of {self.total_steps}")
 
     def save(self) -> None:
-        """Write a checkpoint and the model for sampling (process 0 alone).
+        """Write the model for sampling and a checkpoint; in a group, for process 0 to call.
 
         Raises:
             OSError: the disk is full or the like; older files stay as they were.
         """
-        if distributed.is_main():
-            self.folder.save(self._state(), self.config.keep)
-            with self._averaged():
-                self.model.save(self.folder.model)
+        # In this order: a run that is killed in between does these steps again, and both are written.
+        with self._averaged():
+            self.folder.save_model(self.model)
+        self.folder.save(self._state(), self.config.keep)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -282,8 +292,8 @@ class Trainer:
                     self._sample()
                 if self.config.eval_every and self._due(self.config.eval_every):
                     self._evaluate()
-            if saved != self.step or not self.folder.model.exists():
-                self.save()
+            if distributed.broadcast_object(saved != self.step or not self.folder.model.exists()):
+                _in_process_0(self.save)
             distributed.barrier()
         return Result(self.folder.path, self.folder.model, self.step, self.step < self.total_steps, last)
 
@@ -330,6 +340,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
         self.step += 1
+        parts = _over_all_processes(parts)
         for name, value in (parts | norms | {"count": torch.ones((), device=self.device)}).items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         return (
@@ -381,9 +392,8 @@ class Trainer:
         """Whether all is well in every process; also carries a request to stop to all of them."""
         if distributed.world_size() == 1:
             return good
-        flags = torch.tensor([float(not good), float(self._stop)], device=self.device)
-        bad, stop = (distributed.all_reduce_mean(flags) > 0.0).tolist()
-        self._stop = stop
+        flags = torch.tensor([float(not good), float(self._stop_asked)], device=self.device)
+        bad, self._stop = (distributed.all_reduce_mean(flags) > 0.0).tolist()
         return not bad
 
     def _give_up(self, batch: Batch, weights: Weights, part: int, what: str) -> None:
@@ -403,9 +413,8 @@ class Trainer:
     # -- what a person sees -------------------------------------------------------------------------------------
 
     def _log(self, last: dict[str, Any]) -> None:
-        sums = {name: distributed.all_reduce_mean(value) for name, value in sorted(self._sums.items())}
-        count = sums.pop("count")
-        values = {name: (value / count).tolist() for name, value in sums.items()}
+        count = self._sums.pop("count")
+        values = {name: (value / count).tolist() for name, value in sorted(self._sums.items())}
         line: dict[str, Any] = {"step": self.step} | values
         line |= {name: value for name, value in last.items() if isinstance(value, float)}
         self._sums = {}
@@ -416,7 +425,8 @@ class Trainer:
 
     def _try_saving(self, saved: int) -> int:
         try:
-            self.save()
+            if distributed.is_main():
+                self.save()
         except OSError as error:
             self._show.message(
                 f"step {self.step} is not saved: {error}; training goes on, the last is {saved}"
@@ -450,9 +460,11 @@ class Trainer:
         """Ctrl-C and SIGTERM end the run after the step that is being done; a second one at once."""
 
         def stop(number: int, frame: object) -> None:
-            if self._stop:
+            if self._stop_asked:
                 raise KeyboardInterrupt
-            self._stop = True
+            self._stop_asked = True
+            # Signals reach the processes of a group in different steps: there _agree decides for all of them.
+            self._stop = distributed.world_size() == 1
             self._show.message("stopping after this step")
 
         previous: dict[signal.Signals, Any] = {}
@@ -466,6 +478,31 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _in_process_0(action: Callable[[], object]) -> None:
+    """Do it in process 0 while the others wait; an exception there is raised in all of them."""
+    failure: Exception | None = None
+    if distributed.is_main():
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    if (failure := distributed.broadcast_object(failure)) is not None:
+        raise failure
+
+
+def _over_all_processes(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Means over the processes, in one collective.
+
+    Of every step and not of every line: so the sums that a checkpoint holds are those of all processes.
+    """
+    if distributed.world_size() == 1:
+        return parts
+    values = [value.detach().float() for value in parts.values()]
+    means = distributed.all_reduce_mean(torch.cat([value.reshape(-1) for value in values]))
+    pieces = means.split([value.numel() for value in values])
+    return {name: piece.view(value.shape) for name, piece, value in zip(parts, pieces, values, strict=True)}
 
 
 def _dropout_seed(seed: int, step: int, part: int, rank: int) -> int:
