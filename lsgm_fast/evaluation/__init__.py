@@ -1,7 +1,17 @@
-"""Evaluation of a model on a data set: the negative evidence lower bound, and two of them compared."""
+"""Evaluation of a model: the negative evidence lower bound of a data set, and the quality of generated images."""
 
 from __future__ import annotations
 
+from lsgm_fast.evaluation.classifier import Classifier, ClassifierConfig, fit_classifier, load_images
+from lsgm_fast.evaluation.distances import (
+    KernelDistance,
+    ManifoldValues,
+    frechet_distance,
+    kernel_distance,
+    manifold_values,
+    nearest_distances,
+)
+from lsgm_fast.evaluation.features import FeatureExtractor, FeatureStatistics, InceptionFeatures
 from lsgm_fast.evaluation.nelbo import (
     METHODS,
     Estimate,
@@ -11,13 +21,41 @@ from lsgm_fast.evaluation.nelbo import (
     evaluate_nelbo,
     out_of_distribution,
 )
+from lsgm_fast.evaluation.quality import (
+    METRICS,
+    Interval,
+    Memorisation,
+    QualityReport,
+    compare_quality,
+    evaluate_quality,
+    memorisation,
+)
 
 __all__ = [
     "METHODS",
+    "METRICS",
+    "Classifier",
+    "ClassifierConfig",
     "Estimate",
+    "FeatureExtractor",
+    "FeatureStatistics",
+    "InceptionFeatures",
+    "Interval",
+    "KernelDistance",
+    "ManifoldValues",
+    "Memorisation",
     "NelboReport",
     "PairedDifference",
+    "QualityReport",
     "compare",
+    "compare_quality",
     "evaluate_nelbo",
-    "out_of_distribution",
+    "evaluate_quality",
+    "fit_classifier",
+    "frechet_distance",
+    "kernel_distance",
+    "load_images",
+    "manifold_values",
+    "memorisation",
+    "nearest_distances",
 ]
