@@ -38,7 +38,7 @@ LIBRARY_PATH = "LSGM_FAST_LIBRARY_PATH"
 VARIABLES = {
     BACKEND: "backend for all operations, or per operation: `triton` or `triton,group_norm_swish=reference`",
     SELFTEST: "`0`: let `auto` use fused kernels without comparing them with the reference first",
-    CACHE: "folder of self-test verdicts, compiled kernels and classifiers (default: `lsgm_fast` in the user's cache folder)",
+    CACHE: "folder of self-test verdicts, compiled kernels, classifiers (default: `lsgm_fast` in the user's cache)",
     LIBRARY_PATH: "folder that the compiled libraries are loaded from, instead of the package's own",
     "LSGM_FAST_BUILD": "at installation: `auto`, `none`, `cpu` or `cuda`, what to compile",
     "LSGM_FAST_CUDA_ARCHS": "at installation: GPU architectures to compile for, as in `8.0;9.0+PTX`",

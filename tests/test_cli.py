@@ -17,6 +17,7 @@ from PIL import Image
 
 import lsgm_fast
 from lsgm_fast import cli, env, info, sampling
+from lsgm_fast.commands.sampling import GRID_LIMIT
 from lsgm_fast.errors import NonFiniteError
 
 
@@ -202,11 +203,11 @@ def test_an_existing_folder_with_a_dot_is_a_folder(model, run, tmp_path):
 
 
 def test_a_long_run_shows_the_first_images_in_the_grid(model, run):
-    result = run("sample", "demo", "-n", cli.GRID_LIMIT + 1, "--npz", "--device", "cpu")
-    assert f"the first {cli.GRID_LIMIT}" in result.out
+    result = run("sample", "demo", "-n", GRID_LIMIT + 1, "--npz", "--device", "cpu")
+    assert f"the first {GRID_LIMIT}" in result.out
     assert pixels("samples.png").shape == (16 * 58 + 2, 16 * 58 + 2)
     with np.load("samples.npz") as stored:
-        assert len(stored["arr_0"]) == cli.GRID_LIMIT + 1
+        assert len(stored["arr_0"]) == GRID_LIMIT + 1
 
 
 def test_json_is_one_object_and_nothing_else(model, run):
