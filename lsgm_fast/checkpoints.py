@@ -355,6 +355,12 @@ def to_published(model: LSGM, dtype: torch.dtype | None = None) -> dict[str, Any
             "by 2 and others not at all; save as .safetensors"
         )
 
+    if model.config.vae.decoder_distribution not in _PUBLISHED_DECODERS:
+        raise ValueError(
+            f"decoder_distribution={model.config.vae.decoder_distribution!r} cannot be written in the published "
+            f"layout: it has {', '.join(_PUBLISHED_DECODERS)} alone; save as .safetensors"
+        )
+
     def state(network: nn.Module) -> OrderedDict[str, torch.Tensor]:
         ours = network.state_dict()
         out: OrderedDict[str, torch.Tensor] = OrderedDict()

@@ -17,7 +17,7 @@ from lsgm_fast.errors import unknown_name
 T = TypeVar("T", bound="_Config")
 
 SDE_NAMES = ("vpsde", "geometric_sde", "sub_vpsde", "vesde")
-DECODER_DISTRIBUTIONS = ("mixture_logistic", "logistic", "normal", "bernoulli")
+DECODER_DISTRIBUTIONS = ("mixture_logistic", "logistic", "normal", "bernoulli", "categorical")
 CELL_ARCHITECTURES = ("res_bnswish", "res_bnswish2", "res_mbconv")
 
 
@@ -136,6 +136,9 @@ class VAEConfig(_Config):
     ``channel_mult[k]`` multiplies the channels at resolution level k (level 0 = image resolution after the
     stem), so it has ``preprocess_blocks + latent_scales`` entries. ``image_size`` is what the network sees;
     ``crop`` is the border that padding added on each side (2 for 28x28 digits padded to 32x32).
+
+    ``decoder_distribution="categorical"``: every position is one of ``image_channels`` classes, as one-hot images.
+    ``symbols``: the character of each class where these are text (the last one stands for all others), else empty.
     """
 
     image_channels: int = 3
@@ -160,12 +163,27 @@ class VAEConfig(_Config):
     decoder_distribution: str = "mixture_logistic"
     num_bits: int = 8
     log_sigma_scale: float = 5.0
+    symbols: str = ""
 
     def __post_init__(self) -> None:
         if self.architecture not in CELL_ARCHITECTURES:
             raise unknown_name("cell architecture", self.architecture, CELL_ARCHITECTURES)
         if self.decoder_distribution not in DECODER_DISTRIBUTIONS:
             raise unknown_name("decoder distribution", self.decoder_distribution, DECODER_DISTRIBUTIONS)
+        _require(
+            self.image_channels >= 2 or self.decoder_distribution != "categorical",
+            "the categorical distribution needs a channel for each of 2 or more classes, got "
+            f"image_channels={self.image_channels}",
+        )
+        if self.symbols:
+            _require(
+                self.decoder_distribution == "categorical",
+                f"symbols are for decoder_distribution='categorical', got {self.decoder_distribution!r}",
+            )
+            _require(
+                len(self.symbols) == len(set(self.symbols)) == self.image_channels,
+                f"symbols must be image_channels={self.image_channels} different characters, got {self.symbols!r}",
+            )
         levels = self.preprocess_blocks + self.latent_scales
         _require(
             len(self.channel_mult) == levels,
@@ -182,6 +200,12 @@ class VAEConfig(_Config):
             f"image_size must be a multiple of {factor} for {levels} resolution levels, got {self.image_size}",
         )
         _require(5 <= self.num_bits <= 8, f"num_bits must be between 5 and 8, got {self.num_bits}")
+
+    @property
+    def dims(self) -> int:
+        """Number of outcomes that an image is: its natural area, times the channels unless these are classes."""
+        area = (self.image_size - 2 * self.crop) ** 2
+        return area if self.decoder_distribution == "categorical" else self.image_channels * area
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

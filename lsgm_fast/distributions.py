@@ -1,4 +1,4 @@
-"""Pixel likelihoods of the decoder: p(x | z) from the decoder's logits."""
+"""Likelihoods of the decoder: p(x | z) from the decoder's logits, per pixel or per symbol."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def normal_cross_entropy(eps: torch.Tensor) -> torch.Tensor:
 class DecoderDistribution(ABC):
     """p(x | z) for images x in [-1, 1].
 
-    ``log_prob(x)`` in nats, per pixel and colour (per pixel for the mixture of logistics, whose colours are coupled);
-    ``mean()`` and ``sample()`` in [-1, 1].
+    ``log_prob(x)`` in nats, per pixel and colour (per pixel for the mixture of logistics, whose colours are coupled,
+    and for classes); ``mean()`` and ``sample()`` in [-1, 1].
     """
 
     def __init__(self, logits: torch.Tensor, num_bits: int = 8) -> None:
@@ -45,6 +45,11 @@ class DecoderDistribution(ABC):
     @abstractmethod
     def logit_channels(image_channels: int) -> int:
         """Number of decoder output channels."""
+
+    @staticmethod
+    def check_images(images: torch.Tensor) -> None:
+        """Raise ``ValueError`` for images (N, C, H, W) in [0, 1] that the distribution cannot produce: here none."""
+        return
 
     @abstractmethod
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,6 +83,51 @@ class Bernoulli(DecoderDistribution):
     def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
         uniform = self._uniform(self.logits, generator)
         return torch.where(uniform < torch.sigmoid(self.logits), 1.0, -1.0).to(self.logits.dtype)
+
+
+class Categorical(DecoderDistribution):
+    """One of K classes at each position, K = channels of x and of the logits: P(class k) = softmax(logits)_k.
+
+    x is one-hot: 1 in the channel of the class, -1 in the others (0 and 1 before they are scaled to [-1, 1]).
+    ``log_prob`` is (N, 1, H, W), ``mean()`` is ``2 softmax(logits) - 1``.
+    """
+
+    @staticmethod
+    def logit_channels(image_channels: int) -> int:
+        if image_channels < 2:
+            raise ValueError(
+                f"the categorical distribution needs a channel for each of 2 or more classes, got {image_channels}"
+            )
+        return image_channels
+
+    @staticmethod
+    def check_images(images: torch.Tensor) -> None:
+        # Values are in [0, 1] already: a maximum and a sum of 1 leave nothing for the other classes.
+        wrong = (images.amax(dim=1) != 1.0) | (images.sum(dim=1) != 1.0)
+        if bool(wrong.any()):
+            n, row, column = wrong.nonzero()[0].tolist()
+            values = images[n, :, row, column]
+            raise ValueError(
+                f"expected one-hot images, 1 for one class and 0 for the others at every position: image {n} has "
+                f"{int((values == 1.0).sum())} ones and a sum of {float(values.sum()):g} at row {row}, column {column}"
+            )
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape != self.logits.shape:
+            raise ValueError(
+                f"expected one-hot x of the logits' shape {tuple(self.logits.shape)}, got {tuple(x.shape)}"
+            )
+        return -F.cross_entropy(self.logits, x.argmax(dim=1), reduction="none")[:, None]
+
+    def mean(self) -> torch.Tensor:
+        return 2.0 * torch.softmax(self.logits, dim=1) - 1.0
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        # The first of K exponential clocks with rates p_k is clock k with probability p_k.
+        logits = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        clocks = torch.empty_like(logits).exponential_(generator=generator)
+        index = (logits - torch.log(clocks)).argmax(dim=1, keepdim=True)
+        return torch.full_like(self.logits, -1.0).scatter_(1, index, 1.0)
 
 
 class Normal(DecoderDistribution):
@@ -156,6 +206,7 @@ DISTRIBUTIONS: dict[str, type[DecoderDistribution]] = {
     "logistic": Logistic,
     "normal": Normal,
     "bernoulli": Bernoulli,
+    "categorical": Categorical,
 }
 
 

@@ -191,6 +191,32 @@ PRESETS: dict[str, LSGMConfig] = {
         _GEOMETRIC,
         SamplingConfig(tol=1e-2, bn="batch"),
     ),
+    # Latents at every symbol: a smaller grid would tie neighbouring ones to one code.
+    "tiny-text": LSGMConfig(
+        _TINY_VAE.replace(
+            image_channels=32,
+            image_size=16,
+            encoder_channels=32,
+            decoder_channels=32,
+            channel_mult=(1,),
+            preprocess_blocks=0,
+            postprocess_blocks=0,
+            groups_per_scale=1,
+            latents_per_group=8,
+            decoder_distribution="categorical",
+            symbols=' abcdefghijklmnopqrstuvwxyz.,"_\N{REPLACEMENT CHARACTER}',
+        ),
+        _TINY_SCORE.replace(
+            latent_channels=8,
+            latent_size=16,
+            channels=48,
+            attention_levels=(1,),
+            dropout=0.1,
+            resample="plain",
+        ),
+        SDEConfig(),
+        SamplingConfig(tol=1e-2),
+    ),
 }
 
 

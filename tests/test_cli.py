@@ -29,6 +29,7 @@ class FakeModel:
         self.stop_after: int | None = None
         self.error: BaseException = KeyboardInterrupt()
         self.nfe = [26]
+        self.config = None
 
     def sample(self, n, *, seed=0, batch_size=None, on_batch=None, **options):
         self.calls.append({"n": n, "seed": seed, "batch_size": batch_size, **options})

@@ -284,11 +284,13 @@ def test_soft_clamp():
 def test_finite_at_the_extremes(name, size, dtype):
     """Log-probabilities, means and their gradients for logits far outside what training reaches."""
     kind = DISTRIBUTIONS[name]
-    channels = 3 if name == "mixture_logistic" else 1
+    channels = {"mixture_logistic": 3, "categorical": 2}.get(name, 1)
     logits = (rand(4, kind.logit_channels(channels), 8, 8) * size).to(dtype).requires_grad_()
     x = torch.tensor([-1.0, 1.0, 0.0, 127 / 255]).to(dtype)[:, None, None, None].expand(4, channels, 8, 8)
     if name == "bernoulli":
         x = torch.where(x > 0, 1.0, -1.0).to(dtype)
+    if name == "categorical":  # one-hot
+        x = torch.where(torch.tensor([True, False])[:, None, None], 1.0, -1.0).to(dtype).expand(4, 2, 8, 8)
     distribution = kind(logits, 8)
     log_prob, mean = distribution.log_prob(x), distribution.mean()
     assert torch.isfinite(log_prob).all()
@@ -315,7 +317,7 @@ def test_gradient_of_the_mixture():
 
 
 def test_logit_channels():
-    assert [DISTRIBUTIONS[n].logit_channels(3) for n in DISTRIBUTIONS] == [100, 6, 6, 3]
+    assert [DISTRIBUTIONS[n].logit_channels(3) for n in DISTRIBUTIONS] == [100, 6, 6, 3, 3]
     with pytest.raises(ValueError, match="RGB images, got 1"):
         MixtureLogistic.logit_channels(1)
 

@@ -97,7 +97,10 @@ def evaluate(
             binarise = "static"
             if not quiet:
                 typer.echo("note: the model's pixels are binary: --binarise static", err=True)
-    config = DataConfig(source=data, size=size, channels=channels, binarise=binarise)
+    vae = loaded.config.vae
+    if vae.symbols and size is None:
+        size = vae.image_size - 2 * vae.crop
+    config = DataConfig(source=data, size=size, channels=channels, binarise=binarise, symbols=vae.symbols)
     source = open_data(config, split=split)
     check_data(source, loaded.config.vae)
     if number is not None:

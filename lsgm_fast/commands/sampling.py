@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from lsgm_fast.images import UInt8Array
-    from lsgm_fast.models.lsgm import SamplingInfo
+    from lsgm_fast.models.lsgm import LSGM, SamplingInfo
 
 GRID_LIMIT = 256
 CHECKPOINT_SUFFIXES = (".pt", ".safetensors")
@@ -324,6 +324,10 @@ def _sample(request: _Request, *, as_json: bool, quiet: bool) -> None:
     import lsgm_fast
 
     model = lsgm_fast.load(request.model, device=device)
+    symbols = model.config.vae.symbols if model.config is not None else ""
+    if symbols:
+        _sample_text(model, symbols, request, as_json=as_json, quiet=quiet)
+        return
     writer = _Writer(request.outputs)
     failure: BaseException | None = None
     start = time.perf_counter()
@@ -370,6 +374,30 @@ def _sample(request: _Request, *, as_json: bool, quiet: bool) -> None:
         typer.echo(json.dumps(report))
     elif not quiet:
         _print_report(report)
+
+
+def _sample_text(model: LSGM, symbols: str, request: _Request, *, as_json: bool, quiet: bool) -> None:
+    """The samples of a model of text, one line each, into a .txt file where images would go."""
+    from lsgm_fast.data import decode_text
+    from lsgm_fast.files import atomic_path
+
+    target = request.outputs.grid
+    if target is None or request.outputs.npz is not None or request.outputs.individual is not None:
+        raise ValueError(
+            "this model draws text: leave --npz and --individual out, and give --out a .png or a folder"
+        )
+    progress = sys.stderr.isatty() and not (quiet or as_json)
+    drawn = model.sample(request.number, seed=request.seed, progress=progress, **request.options)
+    lines = decode_text(drawn, symbols)
+    path = target.with_suffix(".txt")
+    with atomic_path(path, make_folders=True) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps({"number": len(lines), "files": {"text": str(path)}, "model": request.model}))
+    elif not quiet:
+        for line in lines:
+            typer.echo(line)
+        typer.echo(f"text: {path}", err=True)
 
 
 def _print_report(report: dict[str, Any]) -> None:

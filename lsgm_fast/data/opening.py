@@ -15,6 +15,7 @@ from lsgm_fast.data.idx import has_idx_files, read_idx, read_idx_folder
 from lsgm_fast.data.npz import read_npz
 from lsgm_fast.data.order import held_out_indices
 from lsgm_fast.data.sources import ImageSource, Labels, Subset, in_memory, optional_module
+from lsgm_fast.data.text import has_text, open_text, pydoc_text, read_text
 from lsgm_fast.errors import unknown_name
 from lsgm_fast.images import UInt8Array
 
@@ -64,15 +65,20 @@ def _open(config: DataConfig, split: str) -> tuple[ImageSource, bool]:
     """The source, and whether it is that split alone (else it is all there is)."""
     if config.source == "digits":
         return in_memory(config, *_digits()), False
+    if config.source == "pydoc":
+        return open_text(config, pydoc_text()), False
     path = Path(config.source).expanduser()
     if not path.exists():
         raise FileNotFoundError(
             f"no data at {path}: expected 'digits' or the path of a folder of images, a .npz, IDX files, the "
-            "CIFAR-10 archive or an LMDB"
+            "CIFAR-10 archive, an LMDB or text, or 'pydoc'"
         )
     if not path.is_dir():
         return _open_file(path, config, split)
+    train, _ = _split_folder(path, "train")
     path, own = _split_folder(path, split)
+    if has_text(path):
+        return open_text(config, read_text(path), read_text(train) if own else None), own
     if (path / "data.mdb").is_file():
         return EncodedImages(config.source, Lmdb(path), config), own
     if has_idx_files(path):
@@ -89,6 +95,8 @@ def _open_file(path: Path, config: DataConfig, split: str) -> tuple[ImageSource,
         return in_memory(config, *read_npz(path)), False
     if path.suffix in (".mdb", ".lmdb"):
         return EncodedImages(config.source, Lmdb(path), config), False
+    if path.suffix == ".txt":
+        return open_text(config, read_text(path)), False
     if ".tar" in path.suffixes or path.suffix == ".tgz" or tarfile.is_tarfile(path):
         return in_memory(config, *read_cifar(path, split)), True
     return in_memory(config, read_idx(path, 3)[:, None], None), False

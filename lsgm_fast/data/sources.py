@@ -20,6 +20,7 @@ class ImageSource(Protocol):
     """Images by number.
 
     ``name``: for messages. ``shape``: (C, H, W) of every image. ``labels``: (N,) int64 where the source has them.
+    A source of text also has ``symbols``: the character of every channel.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Subset:
 
     def __init__(self, source: ImageSource, indices: npt.NDArray[np.int64]) -> None:
         self.source, self.indices = source, indices
-        self.name, self.shape = source.name, source.shape
+        self.name, self.shape, self.symbols = source.name, source.shape, symbols_of(source)
         self.labels = None if source.labels is None else source.labels[indices]
 
     def __len__(self) -> int:
@@ -78,6 +79,11 @@ class Subset:
 
     def __getitem__(self, index: int) -> UInt8Array:
         return self.source[int(self.indices[index])]
+
+
+def symbols_of(source: ImageSource) -> str:
+    """The character of every channel where the images are text, else empty."""
+    return getattr(source, "symbols", "")
 
 
 def spread(source: ImageSource, number: int) -> ImageSource:
@@ -88,11 +94,17 @@ def spread(source: ImageSource, number: int) -> ImageSource:
 
 
 def check_data(source: ImageSource, vae: VAEConfig) -> None:
-    """Raise unless the images fit the model: its channels, and its image size with or without the padded border.
+    """Raise unless the images fit the model: its channels, its image size with or without the border, its symbols.
 
     Raises:
-        ValueError: another shape; names both and says which options change it.
+        ValueError: another shape or other symbols; names both and says which options change it.
     """
+    symbols = symbols_of(source)
+    if symbols != vae.symbols:
+        raise ValueError(
+            f"{source.name} has the symbols {symbols!r}, the model has {vae.symbols!r}: set the data's symbols "
+            f"to the model's, or the model's vae.symbols to the data's, and vae.image_channels={source.shape[0]}"
+        )
     natural = vae.image_size - 2 * vae.crop
     expected = [(vae.image_channels, size, size) for size in sorted({natural, vae.image_size})]
     if source.shape not in expected:

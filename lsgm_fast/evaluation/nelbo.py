@@ -54,7 +54,7 @@ class NelboReport:
         prior: ``"score"`` or ``"normal"``. method: of the score-based prior's part, None for the normal one.
         images, draws, seed: how many images, draws per image, and the seed of the draws.
         nelbo, bits_per_dim: the bound in nats and, divided by ``dims`` ln 2, in bits. dims: natural image area times
-            channels (784 for 28x28 digits).
+            channels (784 for 28x28 digits); for categorical images the area alone, so that these are bits per symbol.
         reconstruction: -log p(x | z). log_q: log q(z | x). cross_entropy_prior, cross_entropy_lower: -log p(z) of the
             lowest-resolution scale with its prior, and of the other scales with N(0, I).
         kl: ``nelbo - reconstruction``. kl_scales: its parts by scale, from the lowest resolution up. kl_groups: by
@@ -316,7 +316,6 @@ class _Bound:
     def report(self, values: Tensor, seconds: float) -> NelboReport:
         """Of (images, draws, parts)."""
         vae = self.vae.config
-        dims = vae.image_channels * (vae.image_size - 2 * vae.crop) ** 2
         n = values.shape[0]
         mean = values.mean(dim=1)
         estimates = [Estimate.of(column) for column in mean.unbind(dim=1)]
@@ -327,8 +326,8 @@ class _Bound:
             images=n,
             draws=self.draws,
             seed=self.seed,
-            dims=dims,
-            bits_per_dim=Estimate.of(bits_per_dim(-mean[:, 0], dims)),
+            dims=vae.dims,
+            bits_per_dim=Estimate.of(bits_per_dim(-mean[:, 0], vae.dims)),
             kl=Estimate.of(mean[:, 0] - mean[:, 1]),
             kl_scales=tuple(estimates[len(self.PARTS) : scales_end]),
             kl_groups=tuple(estimates[scales_end:]) or None,

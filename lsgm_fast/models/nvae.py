@@ -163,7 +163,8 @@ class NVAE(nn.Module):
         """Images in [0, 1], natural or padded size -> network input in [-1, 1]: zero padding, bit-depth reduction.
 
         Raises:
-            ValueError: wrong number of dimensions, channels or size, or values outside [0, 1].
+            ValueError: wrong number of dimensions, channels or size, values outside [0, 1], or images that the
+                decoder's distribution cannot produce (not one-hot for the categorical one).
         """
         c = self.config
         natural = c.image_size - 2 * c.crop
@@ -182,6 +183,7 @@ class NVAE(nn.Module):
             # Written so that NaN fails too.
             if not (low >= 0.0 and high <= 1.0):
                 raise ValueError(f"expected image values in [0, 1], got [{low:g}, {high:g}]")
+        self.distribution.check_images(images)
         # Half precision has too few digits to tell 8-bit levels apart once scaled.
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         if images.shape[2] < c.image_size:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from lsgm_fast import distributed, random
 from lsgm_fast import images as image_files
-from lsgm_fast.data import ImageSource, batches, open_data, spread
+from lsgm_fast.data import ImageSource, batches, decode_text, open_data, spread
 from lsgm_fast.evaluation import evaluate_nelbo
+from lsgm_fast.files import atomic_path
 from lsgm_fast.images import UInt8Array
 from lsgm_fast.models.lsgm import LSGM
 from lsgm_fast.models.nvae import NVAE
@@ -133,7 +134,12 @@ class Display:
             )
 
     def samples(self, model: LSGM, source: ImageSource, step: int) -> None:
-        """A grid of images from the model; in stage 1 also reconstructions beside their originals."""
+        """A grid of images from the model, or their text; in stage 1 also reconstructions beside their originals."""
+        assert isinstance(model.vae, NVAE)
+        symbols = model.vae.config.symbols
+        if not symbols and source.shape[0] not in (1, 3):
+            self.message(f"no pictures of samples: {source.shape[0]} channels without symbols")
+            return
         grids = {}
         n = GRID
         if model.prior is not None:
@@ -147,13 +153,15 @@ class Display:
             )
             x = batch.images.to(model.device)
             vae = model.vae
-            assert isinstance(vae, NVAE)
             groups = model.encode(x)
             lower = [g.eps for g in groups[vae.config.groups_per_scale :]]
             again = model.decode(vae.merge_groups([g.eps for g in groups]), lower_noise=lower)
             original = x if x.shape == again.shape else vae.crop_images(x)
             grids["reconstructions"] = torch.stack((original, again), 1).flatten(0, 1)
         for name, images in grids.items() if distributed.is_main() else ():
+            if symbols:
+                self._text(name, decode_text(images, symbols), step)
+                continue
             grid = image_files.make_grid(image_files.to_uint8(images))
             path = self.folder.samples / f"{name}-{step:08d}.png"
             try:
@@ -161,6 +169,15 @@ class Display:
             except OSError as error:
                 self.message(f"cannot write {path}: {error}")
             self._to_tensorboard(partial(_image, name=name, grid=grid, step=step))
+
+    def _text(self, name: str, lines: list[str], step: int) -> None:
+        path = self.folder.samples / f"{name}-{step:08d}.txt"
+        try:
+            self.folder.append_log(f"step {step}: the first of {path.name}: {lines[0]!r}")
+            with atomic_path(path, make_folders=True) as temporary:
+                temporary.write_text("\n".join(map(repr, lines)) + "\n", encoding="utf-8")
+        except OSError as error:
+            self.message(f"cannot write {path}: {error}")
 
     def evaluation(self, model: LSGM, step: int) -> None:
         """The NELBO of held-out images."""

@@ -41,7 +41,7 @@ _NAME = re.compile(r"^step-(\d+)\.pt$")
 # What atomic_path calls the files of a run until they are complete; a process that is killed leaves one.
 _TEMPORARY = re.compile(
     r"^\.((config|run|metrics|model)|(step|samples|reconstructions)-\d+)"
-    r"\.[0-9a-f]{8}\.(yaml|json|jsonl|safetensors|pt|png)$"
+    r"\.[0-9a-f]{8}\.(yaml|json|jsonl|safetensors|pt|png|txt)$"
 )
 
 

@@ -156,6 +156,47 @@ def _digits() -> Recipe:
     return Recipe(stage1, stage2)
 
 
+def _text() -> Recipe:
+    """English text, symbol by symbol: some minutes a stage on one processor core."""
+    model = get_preset("tiny-text")
+    data = DataConfig("pydoc", size=model.vae.image_size, held_out=150, symbols=model.vae.symbols)
+    stage1 = TrainingConfig(
+        stage="vae",
+        model=model,
+        data=data,
+        batch_size=32,
+        steps=1500,
+        warmup_steps=50,
+        channels_last=True,
+        vae_optimizer=OptimizerConfig("adamax", lr=4e-3, lr_min=1e-4, weight_decay=3e-4, eps=1e-3),
+        # With a coefficient of 1, a symbol's code costs as much under N(0, I) as it saves: little would be coded.
+        kl=KLConfig(start=0.1, end=0.5, anneal=0.5),
+        regularisation=RegularisationConfig(vae=1e-2),
+        eval_every=500,
+        sample_every=500,
+        eval_images=150,
+    )
+    stage2 = TrainingConfig(
+        stage="lsgm",
+        model=model,
+        data=data,
+        batch_size=32,
+        steps=3000,
+        warmup_steps=100,
+        channels_last=True,
+        clip_norm=100.0,
+        ema=0.995,
+        vae_optimizer=_VAE_FINE_TUNING.replace(lr=3e-4),
+        score_optimizer=_score_optimizer(1e-3, 1e-5),
+        objective=ObjectiveConfig(p_mode="ll_iw"),
+        regularisation=RegularisationConfig(vae=1e-2),
+        eval_every=500,
+        sample_every=500,
+        eval_images=150,
+    )
+    return Recipe(stage1, stage2)
+
+
 _BINARY_DATA = DataConfig("data/mnist", binarise="dynamic")
 _CIFAR10_DATA = DataConfig("data/cifar-10-python.tar.gz", flip=True)
 _CELEBA_DATA = DataConfig("data/celeba-hq-256", flip=True)
@@ -228,6 +269,7 @@ _DISJOINT = ObjectiveConfig(p_mode="drop_sigma2t_iw", q_mode="ll_iw", disjoint=T
 
 RECIPES: dict[str, Recipe] = {
     "digits": _digits(),
+    "text": _text(),
     "mnist": _binary("mnist", _BINARY_DATA, 0.7, 100, 800, 0.0),
     "omniglot": _binary("omniglot", _BINARY_DATA.replace(source="data/omniglot.npz"), 1.0, 64, 1500, 1e-3),
     "cifar10-fid": _cifar10("cifar10-fid", "drop_all_iw", 400, 1.0, 0.7, anneal=True),
