@@ -382,8 +382,8 @@ def test_training_of_both_stages(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "s.txt").read_text().splitlines() == text
     assert cli.main(["sample", str(second.model), "--npz", *budget]) == 2
     assert "this model draws text" in capsys.readouterr().err
-    data = ["--data", str(tmp_path / "a.txt"), "-n", "4", "--json", "--device", "cpu"]
-    assert cli.main(["evaluate", str(second.model), *data]) == 0
+    # The data are those of the run.
+    assert cli.main(["evaluate", str(second.model), "-n", "4", "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["reports"]["score"]["dims"] == 64
 
 

@@ -13,6 +13,8 @@ import typer
 from lsgm_fast.commands.common import Device, Json, Quiet, pick_device
 
 if TYPE_CHECKING:
+    from lsgm_fast.config import VAEConfig
+    from lsgm_fast.data import DataConfig
     from lsgm_fast.evaluation import Estimate, NelboReport, PairedDifference
 
 
@@ -21,14 +23,21 @@ def evaluate(
         str, typer.Argument(metavar="MODEL", help="A checkpoint (.pt or .safetensors), or `demo`.")
     ],
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="`digits`, or a folder of images, an .npz, IDX or LMDB file, or CIFAR-10's archive."
+            help="`digits`, or a folder of images, an .npz, IDX or LMDB file, or CIFAR-10's archive. Default: those of "
+            "the run that the model lies in, else `digits`."
         ),
-    ] = "digits",
+    ] = None,
     split: Annotated[str, typer.Option(help="Which images: held_out or train.")] = "held_out",
     size: Annotated[int | None, typer.Option(min=1, help="Crop and resize the images to this size.")] = None,
     channels: Annotated[int | None, typer.Option(help="Convert to 1 (grey) or 3 (RGB) channels.")] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many images are held out where the data have no test split. Default: 500."
+        ),
+    ] = None,
     binarise: Annotated[
         str | None,
         typer.Option(
@@ -85,22 +94,15 @@ def evaluate(
         images.require_writable(out)
 
     import lsgm_fast
-    from lsgm_fast.data import DataConfig, batches, check_data, open_data, spread
+    from lsgm_fast.data import batches, check_data, open_data, spread
     from lsgm_fast.evaluation import compare, evaluate_nelbo
 
     device = pick_device(device)
     loaded = lsgm_fast.load(model, device=device)
     assert loaded.config is not None  # whatever was loaded from a file has one
-    if binarise is None:
-        binarise = "none"
-        if loaded.config.vae.decoder_distribution == "bernoulli":
-            binarise = "static"
-            if not quiet:
-                typer.echo("note: the model's pixels are binary: --binarise static", err=True)
-    vae = loaded.config.vae
-    if vae.symbols and size is None:
-        size = vae.image_size - 2 * vae.crop
-    config = DataConfig(source=data, size=size, channels=channels, binarise=binarise, symbols=vae.symbols)
+    config = _data(model, loaded.config.vae, data, size, channels, held_out, binarise)
+    if binarise is None and config.binarise != "none" and not quiet:
+        typer.echo(f"note: the model's pixels are binary: --binarise {config.binarise}", err=True)
     source = open_data(config, split=split)
     check_data(source, loaded.config.vae)
     if number is not None:
@@ -135,9 +137,34 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(record))
     elif not quiet:
-        _print_evaluation(f"{data}, {split}", reports, difference)
+        _print_evaluation(f"{config.source}, {split}", reports, difference)
         if out is not None:
             typer.echo(f"report: {out}")
+
+
+def _data(
+    model: str,
+    vae: VAEConfig,
+    source: str | None,
+    size: int | None,
+    channels: int | None,
+    held_out: int | None,
+    binarise: str | None,
+) -> DataConfig:
+    """The data to evaluate on: those of the run that the model lies in unless others are named, with the options."""
+    from lsgm_fast.data import DataConfig
+    from lsgm_fast.training.config import from_mapping, read_config
+
+    run = Path(model).parent / "config.yaml"
+    config = DataConfig(symbols=vae.symbols, size=vae.image_size - 2 * vae.crop if vae.symbols else None)
+    if source is None and model != "demo" and run.is_file():
+        config = from_mapping(read_config(run)).data
+    elif source is not None:
+        config = config.replace(source=source)
+    if binarise is None and vae.decoder_distribution == "bernoulli":
+        binarise = "static"
+    changes = {"size": size, "channels": channels, "held_out": held_out, "binarise": binarise}
+    return config.replace(**{name: value for name, value in changes.items() if value is not None})
 
 
 def _print_evaluation(data: str, reports: Sequence[NelboReport], difference: PairedDifference | None) -> None:
