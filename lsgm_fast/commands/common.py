@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Device = Annotated[
     str, typer.Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
@@ -14,6 +17,14 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress bar and no report; errors still show.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same images.")]
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal, and wide enough for them in a file or a pipe."""
+    from rich.console import Console
+
+    wide = Console()
+    return wide if wide.is_terminal else Console(width=120)
 
 
 def pick_device(name: str) -> str:

@@ -20,10 +20,12 @@ class FeatureExtractor(Protocol):
     ``frechet_name``, ``kernel_name``: what the two distances in its features are called.
     """
 
-    classes: tuple[int, ...] | None
     identity: str
     frechet_name: str
     kernel_name: str
+
+    @property
+    def classes(self) -> tuple[int, ...] | None: ...
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, C, H, W) in [0, 1] -> features (B, F), and probabilities (B, classes) where there are classes."""
