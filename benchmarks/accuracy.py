@@ -1,6 +1,6 @@
 """How far from the exact latents a solver ends, against the evaluations of the network that it took.
 
-    python -m benchmarks.accuracy                                        the embedded model
+    python -m benchmarks.accuracy                                        the trained digit model of the tests
     python -m benchmarks.accuracy --model checkpoint.pt --sets 4 --batch 8
     python -m benchmarks.accuracy --batch 8 --plot docs/solvers.svg      the table and the plot of docs/solvers.md
 
@@ -25,6 +25,7 @@ from benchmarks import measure
 from lsgm_fast.models import LSGM
 from lsgm_fast.sampling import METHODS
 
+DIGITS = Path(__file__).resolve().parents[1] / "tests" / "data" / "mnist-trained" / "model.safetensors"
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 EVALUATIONS = (3, 4, 5, 6, 8, 10, 14, 18, 24, 32, 40)
 OTHERS = (*(m for m in METHODS if m != "exponential"), "euler", "heun", "rk4")
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table and write ``<machine>/<name>.json``."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="demo", help="a checkpoint, or the embedded model (default)")
+    parser.add_argument("--model", default=str(DIGITS), help="a checkpoint, or `demo`; default: %(default)s")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sets", type=int, default=8, help="sets of noise")
     parser.add_argument(

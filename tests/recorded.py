@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 DATA = Path(__file__).parent / "data"
+TRAINED_DIGITS = DATA / "mnist-trained" / "model.safetensors"
 GOLDEN = ("cifar10-vpsde", "mnist-binary", "celeba256-multiscale")
 
 

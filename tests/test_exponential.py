@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from gaussian import LOGIT, SDES, T_END, draw, flow, gaussian_term, variance
+from recorded import TRAINED_DIGITS
 
 import lsgm_fast
 from lsgm_fast.dispatch import record
@@ -149,8 +150,8 @@ def test_nan_and_stalls_are_named(control):
 
 
 def test_trained_digits_in_few_evaluations():
-    """On the embedded model: the published solver's accuracy at a fraction of its evaluations."""
-    model = lsgm_fast.load("demo")
+    """On a trained model: the published solver's accuracy at a fraction of its evaluations."""
+    model = lsgm_fast.load(TRAINED_DIGITS)
     z1 = lsgm_fast.random.normal(5, range(16), "prior", model.latent_shape)
     exact = solve_ode(model._term(), z1, t_end=model.sampling.ode_eps, rtol=1e-7, atol=1e-7).z
     for tol, evaluations in ((1e-2, 5), (1e-3, 18)):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from gaussian import LOGIT, SDES, gaussian_term, variance
+from recorded import TRAINED_DIGITS
 from scipy.integrate import quad, solve_ivp
 from torch import nn
 
@@ -308,8 +309,8 @@ def test_callers_without_gradients():
 
 
 def test_a_trained_model():
-    """The embedded digits: their latents are likelier than normal draws, as the model sees it, and probes agree."""
-    model = lsgm_fast.load("demo")
+    """Trained on digits: their latents are likelier than normal draws, as the model sees it, and probes agree."""
+    model = lsgm_fast.load(TRAINED_DIGITS)
     assert model.mixing_logit.requires_grad
     z0, _ = model.sample_latents(4, seed=1)
     noise = lsgm_fast.random.normal(2, range(4), "prior", model.latent_shape)

@@ -141,7 +141,7 @@ def _digits() -> Recipe:
         model=model,
         data=data,
         batch_size=50,
-        steps=4000,
+        steps=2500,
         warmup_steps=100,
         channels_last=True,
         clip_norm=100.0,
