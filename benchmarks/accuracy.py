@@ -25,7 +25,8 @@ from benchmarks import measure
 from lsgm_fast.models import LSGM
 from lsgm_fast.sampling import METHODS
 
-DIGITS = Path(__file__).resolve().parents[1] / "tests" / "data" / "mnist-trained" / "model.safetensors"
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = ROOT / "tests" / "data" / "mnist-trained" / "model.safetensors"
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 EVALUATIONS = (3, 4, 5, 6, 8, 10, 14, 18, 24, 32, 40)
 OTHERS = (*(m for m in METHODS if m != "exponential"), "euler", "heun", "rk4")
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine=watch.entries(0.1),
         environment=measure.environment(options.commit),
         settings={
-            "model": options.model,
+            "model": options.model if options.model != str(DIGITS) else str(DIGITS.relative_to(ROOT)),
             "exact_tol": options.exact,
             "torch_threads": torch.get_num_threads(),
         },
