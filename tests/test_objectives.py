@@ -176,6 +176,41 @@ def test_p_trains_the_prior_and_q_the_encoder(tiny: LSGM, case: str, scale: floa
         assert float((found[name] - gradient).norm()) <= 1e-6 * float(gradient.norm()) + 1e-9 * largest, name
 
 
+@pytest.mark.parametrize("case", ["algorithm 1", "algorithm 3", "algorithm 3, balanced", "algorithm 2"])
+def test_the_control_variate_changes_no_mean_and_quiets_the_encoder(tiny: LSGM, case: str) -> None:
+    """Over stratified times and opposite noises, for one posterior draw; the prior's gradient is untouched."""
+    config, weights = CASES[case]
+    images = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    model = LSGM(tiny.vae, lsgm_fast.build("tiny-rgb").double().prior, tiny.sde)
+    with torch.no_grad():
+        model.prior.mixing_logit.fill_(-6.0)
+    model.vae.train()
+    base = draw(5, torch.arange(1), model.vae, torch.device("cpu"), config)
+    found: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for i in range(64):
+        noise = draw(5, torch.arange(i // 2, i // 2 + 1), model.vae, torch.device("cpu"), config).noise
+        rho = torch.full((1,), (i // 2 + 0.5) / 32, dtype=torch.float64)
+        draws = Draws(base.posterior, noise * (-1) ** i, rho, None, rho if base.rho_q is not None else None)
+        priors = []
+        for on in found:
+            objective = _objective(model, config.replace(control_variate=on))
+            gradients = _gradients(model, objective(images, draws, weights)[0])
+            found[on].append(gradients["vae.posterior.0.bias"])
+            priors.append(gradients["prior.conv_in.weight"])
+        if case != "algorithm 1" or weights.kl == 1.0:
+            assert torch.equal(*priors)
+    plain, quiet = (torch.stack(found[on]) for on in (False, True))
+    error = plain.std(dim=0) / 64**0.5
+    assert float(((plain.mean(dim=0) - quiet.mean(dim=0)) / error).abs().max()) < 4.0
+    assert float(quiet.std(dim=0).mean()) < 0.2 * float(plain.std(dim=0).mean())
+
+
+def test_a_control_variate_for_uniform_times_is_refused() -> None:
+    for modes in ({"p_mode": "ll_uniform"}, {"p_mode": "rescale_iw"}, {"q_mode": "ll_uniform"}):
+        with pytest.raises(ValueError, match="control_variate needs times that are drawn by importance"):
+            ObjectiveConfig(control_variate=True, **modes)
+
+
 def test_algorithm_1_with_annealing_trains_the_prior_with_the_same_loss(tiny: LSGM) -> None:
     """As published, its single loss carries the coefficients into the prior too."""
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)

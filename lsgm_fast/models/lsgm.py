@@ -640,11 +640,11 @@ class LSGM(nn.Module):
             r = self.sde.mixed_r(iw.t).to(z_t.dtype).reshape(-1, 1, 1, 1)
             _, control = ops.score_matching_loss(r * z_t, eps, iw.weight_p, iw.weight_q, const)
             assert control is not None
-            return cross_entropy - control + self._mixing_cross_entropy(z0, start)
+            return cross_entropy - control + self.mixing_cross_entropy(z0, start)
 
         return estimate
 
-    def _mixing_cross_entropy(self, z0: torch.Tensor, start: float) -> torch.Tensor:
+    def mixing_cross_entropy(self, z0: torch.Tensor, start: float) -> torch.Tensor:
         """What the cross entropy bound from ``start`` on is, elementwise, where the prediction is r z_t.
 
         With w = var / S^2, r z_t - eps has the mean square w (1 - w) z0^2 / (1 - s0) + (1 - w)^2 and

@@ -15,7 +15,7 @@ and the prior's loss p weight the same squared errors differently, and the prior
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,7 @@ class LSGMObjective(nn.Module):
         self.vae, self.prior = vae, prior
         self.config: ObjectiveConfig = config
         self._sde: SDE = model.sde
+        self._mixing_cross_entropy: Callable[[torch.Tensor, float], torch.Tensor] = model.mixing_cross_entropy
         self._regularisers: tuple[SpectralRegulariser, SpectralRegulariser] = (
             vae_regulariser,
             score_regulariser,
@@ -210,10 +211,9 @@ class LSGMObjective(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Algorithm 1: (weighted KL, p loss, KL (N, G))."""
         assert draws.noise is not None and draws.rho is not None
-        p_loss, cross_entropy = self._errors(
-            z0, draws.noise, self._times(draws.rho, self.config.p_mode), self.prior
-        )
-        kl = self._kl(groups, self._per_group(cross_entropy))
+        times = self._times(draws.rho, self.config.p_mode)
+        p_loss, cross_entropy = self._errors(z0, draws.noise, times, self.prior)
+        kl = self._kl(groups, self._per_group(cross_entropy + self._correction(z0, draws.noise, times)))
         gamma = _coefficients(kl, self._alpha, weights)
         return (gamma * kl).sum(dim=1).mean(), p_loss.mean(), kl
 
@@ -228,7 +228,8 @@ class LSGMObjective(nn.Module):
         if c.q_mode == REWEIGHT and not balanced:
             ratio = weights.kl * p_times.weight_q / p_times.weight_p
             p_loss, cross_entropy = self._errors(z0, draws.noise, p_times, self.prior, gradient_scale=ratio)
-            kl = self._kl(groups, self._per_group(cross_entropy.detach()))
+            correction = self._correction(z0, draws.noise, p_times)
+            kl = self._kl(groups, self._per_group(cross_entropy.detach() + correction))
             # The prior's part reaches the encoder through p_loss; here it is a constant.
             return (weights.kl * kl.sum(dim=1)).mean() + p_loss.mean(), p_loss.mean(), kl
 
@@ -243,7 +244,7 @@ class LSGMObjective(nn.Module):
         network = self._ema[0] if c.update_q_ema else self.prior
         assert network is not None
         p_loss, cross_entropy = self._errors_at(leaf, noise_q, q_times, network)
-        detached = self._per_group(cross_entropy.detach())
+        detached = self._per_group(cross_entropy.detach() + self._correction(z0, noise_q, q_times))
         kl = self._kl(groups, detached)
         gamma = _coefficients(kl, self._alpha, weights)
         # d(q)/d(z_q), for which the network's own gradients are not needed and not computed.
@@ -259,6 +260,16 @@ class LSGMObjective(nn.Module):
 
     def _times(self, rho: torch.Tensor, mode: str) -> IWQuantities:
         return iw_quantities(self._sde, rho, mode, subvp_like_vp=self.config.subvp_like_vp)
+
+    def _correction(self, z0: torch.Tensor, noise: torch.Tensor, times: IWQuantities) -> torch.Tensor | float:
+        """The control variate: closed form minus estimate, of the cross entropy with a normal prior, elementwise."""
+        if not self.config.control_variate:
+            return 0.0
+        z_t = ops.diffuse(z0, noise, times.m, times.var)
+        r = self._sde.mixed_r(times.t).to(z_t.dtype).view(-1, 1, 1, 1)
+        _, estimate = ops.score_matching_loss(r * z_t, noise, times.weight_p, times.weight_q, self._const)
+        assert estimate is not None
+        return self._mixing_cross_entropy(z0, self._sde.time_eps) - estimate
 
     def _errors(
         self,

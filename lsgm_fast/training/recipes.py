@@ -148,7 +148,7 @@ def _digits() -> Recipe:
         ema=0.998,
         vae_optimizer=_VAE_FINE_TUNING.replace(lr=5e-4),
         score_optimizer=_score_optimizer(1e-3, 1e-5),
-        objective=ObjectiveConfig(p_mode="ll_iw"),
+        objective=ObjectiveConfig(p_mode="ll_iw", control_variate=True),
         sample_every=1000,
         eval_every=1000,
         regularisation=RegularisationConfig(vae=1e-2),
