@@ -52,6 +52,14 @@ def extra(draw: Callable[[str], Draw]) -> Iterator[tuple[str, Call]]:
     for dtype in (F64, torch.bfloat16):
         name = f"batch statistics {dtype}"
         yield name, build(draw(name), (3, 5, 6, 7), dtype, dtype, "contiguous", True)
+    # Several chunks per channel, more channels than one tile, many small planes.
+    for shape in ((2, 3, 67, 71), (1, 1030, 3, 5), (150, 18, 2, 3)):
+        for layout in ("contiguous", "channels_last"):
+            name = f"batch statistics {shape} {layout}"
+            yield name, build(draw(name), shape, F32, F32, layout, True)
+    for layout in ("contiguous", "channels_last"):
+        name = f"batch statistics float16 {layout}"
+        yield name, build(draw(name), (3, 5, 6, 7), torch.float16, torch.float16, layout, True)
     for batch_stats in (False, True):
         name = f"no swish {batch_stats}"
         args, _ = build(draw(name), (3, 5, 6, 7), F32, F32, "contiguous", batch_stats)

@@ -1,0 +1,606 @@
+// CPU kernels of bn_swish, compiled once per instruction set (LSGM_ISA; see common/cpu.h). No torch.
+#include "common/cpu.h"
+
+#include <cmath>
+
+#include "bn_swish/bn_swish.h"
+#include "common/math.h"
+#include "common/vector_loop.h"
+
+namespace lsgm {
+namespace bn_swish {
+namespace LSGM_ISA {
+namespace {
+
+using namespace lsgm::LSGM_ISA;
+
+using V = Vec<float>;
+constexpr int64_t kWidth = V::width;
+
+constexpr int64_t kPivotElements = 512;  // planes: the first elements of a chunk, whose mean is the pivot
+constexpr int64_t kPivotRows = 32;       // rows: the same
+// Rows after which float32 sums are added to the float64 ones: few, as each sum is of one row after the other.
+constexpr int64_t kFlushRows = 16;
+// Channels whose sums are kept in the first cache during one pass over the rows of a chunk.
+constexpr int64_t kChannelTile = 1024;
+
+template <class R>
+R filled(float value) {
+  R x;
+  fill(x, value);
+  return x;
+}
+
+// 1 + exp(-u), to about two units in the last place: infinite from u = -89 down, NaN at NaN.
+#if LSGM_VEC_AVX2
+inline V denominator(V u) {
+  // (2^f - 1) / f for |f| <= 1/2; 1.2e-7, relative to 2^f.
+  static constexpr float kPower[] = {
+      0x1.62e42ap-1f, 0x1.ebf9bap-3f, 0x1.c6b758p-5f, 0x1.3ceb1p-7f, 0x1.5bb986p-10f};
+  // The second operand is the result where one is NaN.
+  const __m256 t = _mm256_max_ps(_mm256_set1_ps(-89.5f), _mm256_min_ps(_mm256_set1_ps(87.0f), u.v));
+  // -u / ln 2 = n + f. The last bits of `shifted` are n + 126: the exponent of 2^(n - 1) (2^128 is no float).
+  const __m256 by = _mm256_set1_ps(-0x1.715476p+0f), shift = _mm256_set1_ps(0x1.8p23f + 126.0f);
+  const __m256 shifted = _mm256_fmadd_ps(t, by, shift);
+  const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+  const __m256 f = _mm256_fmsub_ps(t, by, _mm256_sub_ps(shifted, shift));
+  const __m256 one = _mm256_set1_ps(1.0f);
+  __m256 q = _mm256_set1_ps(kPower[4]);
+  for (int k = 3; k >= 0; --k) q = _mm256_fmadd_ps(q, f, _mm256_set1_ps(kPower[k]));
+  q = _mm256_fmadd_ps(q, f, one);
+  return {_mm256_fmadd_ps(_mm256_mul_ps(q, half), _mm256_set1_ps(2.0f), one)};
+}
+inline Lane<float> denominator(Lane<float> u) { return {_mm256_cvtss_f32(denominator(filled<V>(u.v)).v)}; }
+#else
+inline V denominator(V u) { return {1.0f + exp_of(-u.v)}; }
+#endif
+
+// The first `count` elements at p, then `rest`.
+template <class T>
+V load_part(const T* p, int64_t count, float rest) {
+  float parts[kWidth];
+  for (int64_t i = 0; i < kWidth; ++i) parts[i] = i < count ? widen<float>(p[i]) : rest;
+  V x;
+  load(x, parts);
+  return x;
+}
+
+template <class T>
+V load_all(const T* p) {
+  V x;
+  load(x, p);
+  return x;
+}
+
+// The planes of a chunk, one after the other: f(first element, size), until it says no.
+template <class F>
+void for_each_plane(const Problem& p, int64_t channel, const Chunk& c, F&& f) {
+  for (int64_t i = 0; i < c.samples; ++i) {
+    if (!f(((c.sample + i) * p.channels + channel) * p.spatial + c.begin)) return;
+  }
+}
+
+// f(chunk's number within its channel, channel) of the chunks [begin, end) of planes.
+template <class F>
+void for_each_chunk(const Problem& p, int64_t begin, int64_t end, F&& f) {
+  int64_t channel = begin / p.chunks.per_channel, k = begin % p.chunks.per_channel;
+  for (int64_t i = begin; i < end; ++i) {
+    f(k, channel);
+    if (++k == p.chunks.per_channel) {
+      k = 0;
+      ++channel;
+    }
+  }
+}
+
+// f(number, chunk, first channel, channels) of the chunks [begin, end) of rows, in tiles of channels.
+template <class F>
+void for_each_tile(const Problem& p, int64_t begin, int64_t end, F&& f) {
+  for (int64_t k = begin; k < end; ++k) {
+    const Chunk c = chunk_at(p, k);
+    for (int64_t first = 0; first < p.channels; first += kChannelTile) {
+      f(k, c, first, smaller(kChannelTile, p.channels - first));
+    }
+  }
+}
+
+// ---- statistics ----
+
+template <class T>
+float plane_sum(const T* x, int64_t n) {
+  V even = filled<V>(0.0f), odd = even;
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    even = add(even, load_all(x + i));
+    odd = add(odd, load_all(x + i + kWidth));
+  }
+  for (; i + kWidth <= n; i += kWidth) even = add(even, load_all(x + i));
+  if (i < n) odd = add(odd, load_part(x + i, n - i, 0.0f));
+  return sum(add(even, odd));
+}
+
+struct Differences {
+  V first[4], second[4];
+};
+
+inline void count_in(Differences& d, int lane, V x, V minus_pivot) {
+  const V difference = add(x, minus_pivot);
+  d.first[lane] = add(d.first[lane], difference);
+  d.second[lane] = fma(difference, difference, d.second[lane]);
+}
+
+template <class T>
+void statistics_planes(const Problem& p, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const T*>(p.x);
+  for_each_chunk(p, begin, end, [&](int64_t k, int64_t channel) {
+    const Chunk c = chunk_at(p, k);
+    double total = 0;
+    int64_t seen = 0;
+    for_each_plane(p, channel, c, [&](int64_t at) {
+      const int64_t n = smaller(c.size, kPivotElements - seen);
+      total += static_cast<double>(plane_sum(x + at, n));
+      seen += n;
+      return seen < kPivotElements;
+    });
+    const float pivot = static_cast<float>(total / static_cast<double>(seen));
+    const V minus_pivot = filled<V>(-pivot);
+    Differences d;
+    for (int i = 0; i < 4; ++i) d.first[i] = d.second[i] = filled<V>(0.0f);
+    for_each_plane(p, channel, c, [&](int64_t at) {
+      int64_t i = 0;
+      for (; i + 4 * kWidth <= c.size; i += 4 * kWidth) {
+        for (int lane = 0; lane < 4; ++lane) count_in(d, lane, load_all(x + at + i + lane * kWidth), minus_pivot);
+      }
+      for (; i + kWidth <= c.size; i += kWidth) count_in(d, 0, load_all(x + at + i), minus_pivot);
+      if (i < c.size) count_in(d, 1, load_part(x + at + i, c.size - i, pivot), minus_pivot);
+      return true;
+    });
+    const double n = static_cast<double>(c.samples * c.size);
+    const double first = static_cast<double>(sum(add(add(d.first[0], d.first[1]), add(d.first[2], d.first[3]))));
+    const double second =
+        static_cast<double>(sum(add(add(d.second[0], d.second[1]), add(d.second[2], d.second[3]))));
+    p.partials[partial_at(p, k, 0, channel)] = static_cast<double>(pivot) + first / n;
+    p.partials[partial_at(p, k, 1, channel)] = second - first * first / n;
+  });
+}
+
+template <class T>
+void statistics_rows(const Problem& p, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const T*>(p.x);
+  alignas(64) float minus_pivot[kChannelTile], first[kChannelTile], second[kChannelTile];
+  for_each_tile(p, begin, end, [&](int64_t k, const Chunk& c, int64_t channel, int64_t channels) {
+    const T* start = x + c.begin * p.channels + channel;
+    const int64_t few = smaller(c.size, kPivotRows);
+    for (int64_t i = 0; i < channels; ++i) minus_pivot[i] = 0;
+    for (int64_t row = 0; row < few; ++row) {
+      const T* here = start + row * p.channels;
+      int64_t i = 0;
+      for (; i + kWidth <= channels; i += kWidth) {
+        store(add(load_all(minus_pivot + i), load_all(here + i)), minus_pivot + i);
+      }
+      for (; i < channels; ++i) minus_pivot[i] += widen<float>(here[i]);
+    }
+    const float factor = -1.0f / static_cast<float>(few);
+    double* mean = p.partials + partial_at(p, k, 0, channel);
+    double* m2 = p.partials + partial_at(p, k, 1, channel);
+    for (int64_t i = 0; i < channels; ++i) {
+      minus_pivot[i] *= factor;
+      mean[i] = 0;
+      m2[i] = 0;
+    }
+    for (int64_t row = 0; row < c.size;) {
+      for (int64_t i = 0; i < channels; ++i) first[i] = second[i] = 0;
+      for (const int64_t stop = smaller(c.size, row + kFlushRows); row < stop; ++row) {
+        const T* here = start + row * p.channels;
+        const auto step = [&](auto kind, int64_t i) {
+          decltype(kind) v, m, one, two;
+          load(v, here + i);
+          load(m, minus_pivot + i);
+          load(one, first + i);
+          load(two, second + i);
+          v = add(v, m);
+          store(add(one, v), first + i);
+          store(fma(v, v, two), second + i);
+        };
+        int64_t i = 0;
+        for (; i + kWidth <= channels; i += kWidth) step(V{}, i);
+        for (; i < channels; ++i) step(Lane<float>{}, i);
+      }
+      for (int64_t i = 0; i < channels; ++i) {
+        mean[i] += static_cast<double>(first[i]);
+        m2[i] += static_cast<double>(second[i]);
+      }
+    }
+    const double n = static_cast<double>(c.size);
+    for (int64_t i = 0; i < channels; ++i) {
+      const double total = mean[i];
+      mean[i] = total / n - static_cast<double>(minus_pivot[i]);
+      m2[i] -= total * total / n;
+    }
+  });
+}
+
+// ---- apply ----
+
+template <bool kSwish, class R>
+inline R value(R x, R minus_mean, R scale, R bias) {
+  // Centred first: x scale + shift would cancel far from 0.
+  const R u = fma(add(x, minus_mean), scale, bias);
+  if constexpr (kSwish) return div(u, denominator(u));
+  return u;
+}
+
+template <class T, bool kSwish>
+void apply_planes(const Problem& p, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const T*>(p.x);
+  auto* y = static_cast<T*>(p.y);
+  for_each_chunk(p, begin, end, [&](int64_t k, int64_t channel) {
+    const Chunk c = chunk_at(p, k);
+    const float minus_mean = p.table[kMinusMean * p.channels + channel];
+    const float scale = p.table[kScale * p.channels + channel], bias = p.table[kBias * p.channels + channel];
+    for_each_plane(p, channel, c, [&](int64_t at) {
+      for_each_register<float>(c.size, [=](auto kind, int64_t i) {
+        decltype(kind) v;
+        using R = decltype(v);
+        load(v, x + at + i);
+        store(value<kSwish>(v, filled<R>(minus_mean), filled<R>(scale), filled<R>(bias)), y + at + i);
+      });
+      return true;
+    });
+  });
+}
+
+template <class T, bool kSwish>
+void apply_rows(const Problem& p, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const T*>(p.x);
+  auto* y = static_cast<T*>(p.y);
+  const float* minus_means = p.table + kMinusMean * p.channels;
+  const float* scales = p.table + kScale * p.channels;
+  const float* biases = p.table + kBias * p.channels;
+  for (int64_t k = begin; k < end; ++k) {
+    const Chunk c = chunk_at(p, k);
+    for (int64_t row = c.begin; row < c.begin + c.size; ++row) {
+      const int64_t at = row * p.channels;
+      for_each_register<float>(p.channels, [=](auto kind, int64_t i) {
+        decltype(kind) v, minus_mean, scale, bias;
+        load(v, x + at + i);
+        load(minus_mean, minus_means + i);
+        load(scale, scales + i);
+        load(bias, biases + i);
+        store(value<kSwish>(v, minus_mean, scale, bias), y + at + i);
+      });
+    }
+  }
+}
+
+// ---- backward ----
+
+enum class Mode { reduce, apply, both };
+
+template <class R>
+struct Constants {
+  R minus_mean, scale, bias, slope, offset;
+};
+
+template <Mode kMode, class R>
+Constants<R> constants(const Problem& p, int64_t channel) {
+  const float* t = p.table + channel;
+  Constants<R> k;
+  k.minus_mean = filled<R>(t[kMinusMean * p.channels]);
+  k.scale = filled<R>(t[kScale * p.channels]);
+  k.bias = filled<R>(t[kBias * p.channels]);
+  if (kMode == Mode::apply) {
+    k.slope = filled<R>(t[kSlope * p.channels]);
+    k.offset = filled<R>(t[kOffset * p.channels]);
+  } else {
+    k.slope = k.offset = filled<R>(0.0f);
+  }
+  return k;
+}
+
+// The gradient with respect to u; `centred` gets x - mean.
+template <bool kSwish, class R>
+inline R inner_gradient(R grad, R x, const Constants<R>& k, R& centred) {
+  centred = add(x, k.minus_mean);
+  if constexpr (!kSwish) return grad;
+  const R u = fma(centred, k.scale, k.bias);
+  const R one = filled<R>(1.0f);
+  const R s = div(one, denominator(u));
+  return mul(mul(grad, s), fma(u, fnma(s, one, one), one));
+}
+
+template <Mode kMode, class R>
+inline R outer_gradient(R d, R centred, const Constants<R>& k) {
+  if constexpr (kMode == Mode::both) return mul(k.scale, d);
+  return fma(k.scale, d, fma(k.slope, centred, k.offset));
+}
+
+template <class T, bool kSwish, Mode kMode>
+void backward_planes(const Problem& p, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const T*>(p.x);
+  const auto* grad = static_cast<const T*>(p.grad);
+  auto* grad_x = static_cast<T*>(p.grad_x);
+  for_each_chunk(p, begin, end, [&](int64_t k, int64_t channel) {
+    const Chunk c = chunk_at(p, k);
+    const auto full = constants<kMode, V>(p, channel);
+    const float mean = -p.table[kMinusMean * p.channels + channel];
+    V total[2] = {filled<V>(0.0f), filled<V>(0.0f)}, total_centred[2] = {total[0], total[0]};
+    for_each_plane(p, channel, c, [&](int64_t at) {
+      const auto step = [&](V g, V v, int lane) {
+        V centred;
+        const V d = inner_gradient<kSwish>(g, v, full, centred);
+        if constexpr (kMode != Mode::apply) {
+          total[lane] = add(total[lane], d);
+          total_centred[lane] = fma(d, centred, total_centred[lane]);
+        }
+        return kMode == Mode::reduce ? d : outer_gradient<kMode>(d, centred, full);
+      };
+      const auto whole = [&](int64_t i, int lane) {
+        const V result = step(load_all(grad + i), load_all(x + i), lane);
+        if constexpr (kMode != Mode::reduce) store(result, grad_x + i);
+      };
+      int64_t i = 0;
+      for (; i + 2 * kWidth <= c.size; i += 2 * kWidth) {
+        whole(at + i, 0);
+        whole(at + i + kWidth, 1);
+      }
+      for (; i + kWidth <= c.size; i += kWidth) whole(at + i, 0);
+      if (i < c.size) {
+        const V result = step(load_part(grad + at + i, c.size - i, 0.0f), load_part(x + at + i, c.size - i, mean), 1);
+        if constexpr (kMode != Mode::reduce) {
+          float parts[kWidth];
+          store(result, parts);
+          for (int64_t j = 0; i + j < c.size; ++j) narrow(parts[j], grad_x[at + i + j]);
+        }
+      }
+      return true;
+    });
+    if constexpr (kMode != Mode::apply) {
+      p.partials[partial_at(p, k, 0, channel)] = static_cast<double>(sum(add(total[0], total[1])));
+      p.partials[partial_at(p, k, 1, channel)] = static_cast<double>(sum(add(total_centred[0], total_centred[1])));
+    }
+  });
+}
+
+template <class T, bool kSwish, Mode kMode>
+void backward_rows(const Problem& p, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const T*>(p.x);
+  const auto* grad = static_cast<const T*>(p.grad);
+  auto* grad_x = static_cast<T*>(p.grad_x);
+  alignas(64) float totals[kChannelTile], centred_totals[kChannelTile];
+  for_each_tile(p, begin, end, [&](int64_t k, const Chunk& c, int64_t channel, int64_t channels) {
+    const float* table = p.table + channel;
+    double* total = nullptr;
+    double* total_centred = nullptr;
+    if constexpr (kMode != Mode::apply) {
+      total = p.partials + partial_at(p, k, 0, channel);
+      total_centred = p.partials + partial_at(p, k, 1, channel);
+      for (int64_t i = 0; i < channels; ++i) total[i] = total_centred[i] = 0;
+    }
+    for (int64_t row = 0; row < c.size;) {
+      if constexpr (kMode != Mode::apply) {
+        for (int64_t i = 0; i < channels; ++i) totals[i] = centred_totals[i] = 0;
+      }
+      for (const int64_t stop = smaller(c.size, row + kFlushRows); row < stop; ++row) {
+        const int64_t at = (c.begin + row) * p.channels + channel;
+        const auto step = [&](auto kind, int64_t i) {
+          using R = decltype(kind);
+          Constants<R> constant{};
+          load(constant.minus_mean, table + kMinusMean * p.channels + i);
+          load(constant.scale, table + kScale * p.channels + i);
+          load(constant.bias, table + kBias * p.channels + i);
+          R g, v, centred;
+          load(g, grad + at + i);
+          load(v, x + at + i);
+          const R d = inner_gradient<kSwish>(g, v, constant, centred);
+          if constexpr (kMode != Mode::apply) {
+            R one, two;
+            load(one, totals + i);
+            load(two, centred_totals + i);
+            store(add(one, d), totals + i);
+            store(fma(d, centred, two), centred_totals + i);
+          } else {
+            load(constant.slope, table + kSlope * p.channels + i);
+            load(constant.offset, table + kOffset * p.channels + i);
+          }
+          if constexpr (kMode != Mode::reduce) store(outer_gradient<kMode>(d, centred, constant), grad_x + at + i);
+        };
+        int64_t i = 0;
+        for (; i + kWidth <= channels; i += kWidth) step(V{}, i);
+        for (; i < channels; ++i) step(Lane<float>{}, i);
+      }
+      if constexpr (kMode != Mode::apply) {
+        for (int64_t i = 0; i < channels; ++i) {
+          total[i] += static_cast<double>(totals[i]);
+          total_centred[i] += static_cast<double>(centred_totals[i]);
+        }
+      }
+    }
+  });
+}
+
+// Calls f(Type<T>{}) with the type of the elements; float64 is the reference's.
+template <class F>
+void with_type(const Problem& p, F&& f) {
+  switch (p.dtype) {
+    case DType::float16:
+      return f(Type<Half>{});
+    case DType::bfloat16:
+      return f(Type<BFloat16>{});
+    default:
+      return f(Type<float>{});
+  }
+}
+
+template <class T, Mode kMode>
+void backward_chunks(const Problem& p, int64_t begin, int64_t end) {
+  if (p.order == Order::planes) {
+    return p.swish ? backward_planes<T, true, kMode>(p, begin, end) : backward_planes<T, false, kMode>(p, begin, end);
+  }
+  return p.swish ? backward_rows<T, true, kMode>(p, begin, end) : backward_rows<T, false, kMode>(p, begin, end);
+}
+
+}  // namespace
+
+void statistics(const Problem& p, int64_t begin, int64_t end) {
+  with_type(p, [&](auto type) {
+    using T = typename decltype(type)::type;
+    p.order == Order::planes ? statistics_planes<T>(p, begin, end) : statistics_rows<T>(p, begin, end);
+  });
+}
+
+void apply(const Problem& p, int64_t begin, int64_t end) {
+  with_type(p, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (p.order == Order::planes) {
+      p.swish ? apply_planes<T, true>(p, begin, end) : apply_planes<T, false>(p, begin, end);
+    } else {
+      p.swish ? apply_rows<T, true>(p, begin, end) : apply_rows<T, false>(p, begin, end);
+    }
+  });
+}
+
+void backward_reduce(const Problem& p, int64_t begin, int64_t end) {
+  with_type(p, [&](auto type) { backward_chunks<typename decltype(type)::type, Mode::reduce>(p, begin, end); });
+}
+
+void backward_apply(const Problem& p, int64_t begin, int64_t end) {
+  with_type(p, [&](auto type) { backward_chunks<typename decltype(type)::type, Mode::apply>(p, begin, end); });
+}
+
+void backward_both(const Problem& p, int64_t begin, int64_t end) {
+  with_type(p, [&](auto type) { backward_chunks<typename decltype(type)::type, Mode::both>(p, begin, end); });
+}
+
+}  // namespace LSGM_ISA
+
+#if !LSGM_VEC_AVX2  // what exists once, compiled for every processor
+namespace cpu {
+
+void plan(Problem& p) {
+  Chunks& c = p.chunks;
+  if (p.order == Order::planes) {
+    constexpr int64_t kChunk = 4096;  // elements: few enough for float32 sums
+    c.size = smaller(p.spatial, kChunk);
+    c.samples = smaller(p.batch, kChunk / c.size);
+    c.pieces = ceil_div(p.spatial, c.size);
+    c.per_channel = ceil_div(p.batch, c.samples) * c.pieces;
+    c.count = c.per_channel * p.channels;
+  } else {
+    constexpr int64_t kRows = 128;   // below, the chunks' sums would be too much memory beside x itself
+    constexpr int64_t kMost = 512;  // chunks: the same, and the time to combine them
+    const int64_t rows = p.batch * p.spatial;
+    c.samples = 1;
+    c.pieces = 1;
+    c.size = larger(kRows, ceil_div(rows, kMost));
+    c.per_channel = c.count = ceil_div(rows, c.size);
+  }
+  p.count = static_cast<double>(p.batch * p.spatial);
+}
+
+int64_t grain(const Problem& p) {
+  constexpr int64_t kElementsPerThread = 16384;  // some ten microseconds: what waking a second thread costs
+  const int64_t chunk = p.chunks.samples * p.chunks.size * (p.order == Order::planes ? 1 : p.channels);
+  return larger(1, kElementsPerThread / chunk);
+}
+
+bool by_channel(const Problem& p) {
+  constexpr int64_t kFewest = 16;  // with fewer, threads would be idle
+  return p.order == Order::planes && p.channels >= kFewest;
+}
+
+static int64_t elements_of(const Problem& p, int64_t k) {
+  const Chunk c = chunk_at(p, k);
+  return c.samples * c.size;
+}
+
+void combine_moments(const Problem& p, int64_t begin, int64_t end) {
+  const int64_t chunks = p.chunks.per_channel;
+  // The outer loop runs over the chunks: channels are neighbours in memory, or (planes) few at a time.
+  for (int64_t c = begin; c < end; ++c) p.moments[c] = {0, 0};
+  for (int64_t k = 0; k < chunks; ++k) {
+    const double share = static_cast<double>(elements_of(p, k)) / static_cast<double>(p.batch * p.spatial);
+    for (int64_t c = begin; c < end; ++c) p.moments[c].mean += share * p.partials[partial_at(p, k, 0, c)];
+  }
+  for (int64_t k = 0; k < chunks; ++k) {
+    const double n = static_cast<double>(elements_of(p, k));
+    for (int64_t c = begin; c < end; ++c) {
+      const double distance = p.partials[partial_at(p, k, 0, c)] - p.moments[c].mean;
+      p.moments[c].m2 += p.partials[partial_at(p, k, 1, c)] + n * distance * distance;
+    }
+  }
+}
+
+static void fill_table(const Problem& p, int64_t channel) {
+  p.table[kMinusMean * p.channels + channel] = -p.mean[channel];
+  p.table[kScale * p.channels + channel] = p.weight[channel] * p.rstd[channel];
+  p.table[kBias * p.channels + channel] = p.bias[channel];
+}
+
+void normalise(const Problem& p, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; ++c) {
+    double variance;
+    if (p.batch_stats) {
+      // Rounding may leave M2 a little below 0.
+      const double m2 = p.moments[c].m2 < 0 ? 0 : p.moments[c].m2;
+      variance = m2 / p.count;
+      p.mean[c] = static_cast<float>(p.moments[c].mean);
+      p.var[c] = static_cast<float>(m2 / (p.count - 1));
+    } else {
+      variance = static_cast<double>(p.running_var[c]);
+      p.mean[c] = p.running_mean[c];
+      p.var[c] = p.running_var[c];
+    }
+    p.rstd[c] = static_cast<float>(1 / std::sqrt(variance + p.eps));
+    fill_table(p, c);
+  }
+}
+
+void restore(const Problem& p, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; ++c) fill_table(p, c);
+}
+
+void combine_sums(const Problem& p, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; ++c) p.sums[c] = {0, 0};
+  for (int64_t k = 0; k < p.chunks.per_channel; ++k) {
+    for (int64_t c = begin; c < end; ++c) {
+      p.sums[c].grad += p.partials[partial_at(p, k, 0, c)];
+      p.sums[c].centred += p.partials[partial_at(p, k, 1, c)];
+    }
+  }
+  for (int64_t c = begin; c < end; ++c) {
+    p.grad_bias[c] = static_cast<float>(p.sums[c].grad);
+    p.grad_weight[c] = static_cast<float>(p.sums[c].centred * static_cast<double>(p.rstd[c]));
+  }
+}
+
+void coefficients(const Problem& p, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; ++c) {
+    const double rstd = static_cast<double>(p.rstd[c]), scale = static_cast<double>(p.weight[c]) * rstd;
+    p.table[kSlope * p.channels + c] = static_cast<float>(-scale * rstd * rstd * p.sums[c].centred / p.count);
+    p.table[kOffset * p.channels + c] = static_cast<float>(-scale * p.sums[c].grad / p.count);
+  }
+}
+
+#if defined(LSGM_HAVE_AVX2)
+#define LSGM_CHOOSE(kernel)                                    \
+  void kernel(const Problem& p, int64_t begin, int64_t end) {  \
+    if (has_avx2()) return avx2::kernel(p, begin, end);        \
+    scalar::kernel(p, begin, end);                             \
+  }
+#else
+#define LSGM_CHOOSE(kernel) \
+  void kernel(const Problem& p, int64_t begin, int64_t end) { scalar::kernel(p, begin, end); }
+#endif
+LSGM_CHOOSE(statistics)
+LSGM_CHOOSE(apply)
+LSGM_CHOOSE(backward_reduce)
+LSGM_CHOOSE(backward_apply)
+LSGM_CHOOSE(backward_both)
+#undef LSGM_CHOOSE
+
+}  // namespace cpu
+#endif
+
+}  // namespace bn_swish
+}  // namespace lsgm
