@@ -93,6 +93,7 @@ def configuration(case: Case, images: Path) -> TrainingConfig:
     binary = base.model.vae.decoder_distribution == "bernoulli"
     return base.replace(
         data=DataConfig(str(images), binarise="dynamic" if binary else "none", held_out=0),
+        eval_every=0,  # the images are noise, and none is held out
         batch_size=case.batch,
         accumulate=1,
         steps=RUN_STEPS,
