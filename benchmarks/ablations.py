@@ -33,7 +33,6 @@ from scipy.special import stdtrit
 import lsgm_fast
 from benchmarks import measure
 from benchmarks.train import seconds
-from lsgm_fast import random
 from lsgm_fast.config import SDEConfig
 from lsgm_fast.data import batches, open_data
 from lsgm_fast.errors import NonFiniteError
@@ -41,6 +40,7 @@ from lsgm_fast.evaluation import (
     METHODS,
     Classifier,
     Estimate,
+    binary_draws,
     evaluate_nelbo,
     evaluate_quality,
     fit_classifier,
@@ -204,11 +204,7 @@ class Runs:
             return found
         images = model.sample(self.samples, seed=EVALUATION_SEED)
         if data.config.binarise != "none":
-            # The data are draws of binary pixels; the model's images are their probabilities.
-            threshold = random.uniform(
-                EVALUATION_SEED, range(self.samples), "quality.pixels", images.shape[1:]
-            )
-            images = (threshold.to(images.device) < images).float()
+            images = binary_draws(images, EVALUATION_SEED)
         quality = evaluate_quality(images, data.reference, data.classifier, bootstrap=0)
         return found | {"frechet": quality.frechet.value}
 

@@ -246,9 +246,8 @@ def _judge(
     data: DataConfig, device: str, progress: bool, seed: int
 ) -> Callable[[LSGM, _Variant, int], QualityReport]:
     """What draws images from a model and judges them; the data's part of it is done once, here."""
-    from lsgm_fast import random
     from lsgm_fast.data import open_data
-    from lsgm_fast.evaluation import evaluate_quality, fit_classifier, load_images
+    from lsgm_fast.evaluation import binary_draws, evaluate_quality, fit_classifier, load_images
 
     train, held_out = open_data(data, "train"), open_data(data, "held_out")
     classifier = fit_classifier(train, held_out, data, device=device, progress=progress)
@@ -257,9 +256,7 @@ def _judge(
     def judge(model: LSGM, variant: _Variant, samples: int) -> QualityReport:
         images = model.sample(samples, seed=seed, progress=progress, **variant.sampling())
         if data.binarise != "none":
-            # The data are draws of binary pixels; the model's images are their probabilities.
-            threshold = random.uniform(seed, range(samples), "quality.pixels", images.shape[1:])
-            images = (threshold.to(images.device) < images).float()
+            images = binary_draws(images, seed)
         return evaluate_quality(images, reference, classifier, training=training, seed=seed)
 
     return judge

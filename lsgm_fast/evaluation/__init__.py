@@ -11,7 +11,12 @@ from lsgm_fast.evaluation.distances import (
     manifold_values,
     nearest_distances,
 )
-from lsgm_fast.evaluation.features import FeatureExtractor, FeatureStatistics, InceptionFeatures
+from lsgm_fast.evaluation.features import (
+    FeatureExtractor,
+    FeatureStatistics,
+    InceptionFeatures,
+    binary_draws,
+)
 from lsgm_fast.evaluation.nelbo import (
     METHODS,
     Estimate,
@@ -47,6 +52,7 @@ __all__ = [
     "NelboReport",
     "PairedDifference",
     "QualityReport",
+    "binary_draws",
     "compare",
     "compare_quality",
     "evaluate_nelbo",
@@ -58,4 +64,5 @@ __all__ = [
     "manifold_values",
     "memorisation",
     "nearest_distances",
+    "out_of_distribution",
 ]

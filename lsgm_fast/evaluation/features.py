@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lsgm_fast import distributed
+from lsgm_fast import distributed, random
 from lsgm_fast.images import to_uint8
 
 
@@ -170,6 +170,15 @@ def gather_rows(rows: Tensor) -> Tensor:
     padded[: rows.shape[0]] = rows
     parts = distributed._all_gather(padded.flatten()).reshape(len(counts), *padded.shape)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def binary_draws(images: Tensor, seed: int) -> Tensor:
+    """Draws of binary pixels, 0 or 1, from their probabilities (N, C, H, W), keyed by the seed and the place in N.
+
+    What a model of binary images returns are probabilities; its data are such draws.
+    """
+    threshold = random.uniform(seed, range(images.shape[0]), "quality.pixels", images.shape[1:])
+    return (threshold.to(images.device) < images).float()
 
 
 def as_metrics_see(images: Tensor, *, quantise: bool = True) -> Tensor:
