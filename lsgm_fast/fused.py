@@ -91,6 +91,39 @@ def register(
         )
 
 
+_composed: dict[tuple[str, str], Callable[[], str | None]] = {}
+
+
+def register_composed(
+    op: Op[Any, Any],
+    backend: str,
+    fn: Callable[..., Any],
+    *,
+    available: Callable[[], str | None],
+    reasons: Callable[..., list[str]],
+    priority: int,
+    auto_reasons: Callable[..., list[str]] = lambda *args, **kwargs: [],
+    tolerance: float = 4.0,
+) -> None:
+    """Register an implementation that is made of a library's calls: no operator of its own, and no gradients.
+
+    ``available``: why it cannot run here at all, or None. The rest as in :func:`register`.
+    """
+    _composed[op.name, backend] = available
+    op.register(
+        Impl(
+            backend,
+            fn,
+            reasons=_with_availability(op, backend, reasons, differentiable=False),
+            auto_reasons=auto_reasons,
+            priority=priority,
+            self_tested=True,
+            differentiable=False,
+            tolerance=tolerance,
+        )
+    )
+
+
 def _bind(
     call: Callable[..., Any], prepare: Callable[..., tuple[Any, ...]], finish: Callable[[Any], Any] | None
 ) -> Callable[..., Any]:
@@ -171,6 +204,9 @@ def _with_availability(
 @torch.compiler.assume_constant_result
 def unavailable(backend: str, device_type: str, op: str | None = None) -> str | None:
     """Why ``backend`` cannot run anything (given ``op``: this operation) on such a device here, or None."""
+    composed = None if op is None else _composed.get((op, backend))
+    if composed is not None:
+        return _elsewhere(backend, device_type) or composed()
     why = _unavailable(backend, device_type)
     if why is None and op is not None and backend in ("cpu", "cuda"):
         return _not_in_library(op, backend)
@@ -184,18 +220,23 @@ def _not_in_library(op: str, backend: str) -> str | None:
     return f"the {backend} library was compiled without {op}: reinstall lsgm-fast from this source tree"
 
 
+def _elsewhere(backend: str, device_type: str) -> str | None:
+    """Why the backend is not at home on such a device, or None."""
+    # On the meta device there are shapes only: the answer is that for the backend's own device.
+    if device_type == "meta" or device_type == ("cpu" if backend == "cpu" else "cuda"):
+        return None
+    if backend == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"runs on {'CPU' if backend == 'cpu' else 'CUDA'} tensors, these are on {device_type}"
+
+
 @functools.cache
 def _unavailable(backend: str, device_type: str) -> str | None:
-    if device_type == "meta":
-        # Shapes only: answer as for the device on which the backend is at home.
-        device_type = "cpu" if backend == "cpu" else "cuda"
+    elsewhere = _elsewhere(backend, device_type)
+    if elsewhere is not None:
+        return elsewhere
     if backend == "cpu":
-        if device_type != "cpu":
-            return f"runs on CPU tensors, these are on {device_type}"
         return native.cpu().reason
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type != "cuda" and not (interpreted and device_type == "cpu"):
-        return f"runs on CUDA tensors, these are on {device_type}"
     if backend == "cuda":
         return native.cuda().reason
     if importlib.util.find_spec("triton") is None:

@@ -94,8 +94,12 @@ def source_hash(op: str) -> str | None:
     """sha256 over the sources of the operation's kernels: ``csrc/<stem>``, ``kernels/<stem>.py`` and what they share.
 
     The stem is the operation's name, or that of its family (``rk`` for ``rk_stage``). From the source tree where there
-    is one, else as recorded when the libraries were built; None where neither knows the operation.
+    is one, else as recorded when the libraries were built. For an operation composed of library calls, of
+    ``lsgm_fast/composed/<op>.py``. None where none of them knows the operation.
     """
+    composed = _PACKAGE / "composed" / f"{op}.py"
+    if composed.is_file():
+        return hashlib.sha256(composed.read_bytes()).hexdigest()
     root = _PACKAGE.parent
     in_tree = (root / "csrc").is_dir()
     recorded = {} if in_tree else (build_record() or {}).get("sources", {})

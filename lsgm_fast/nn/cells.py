@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lsgm_fast import ops
-from lsgm_fast.nn.layers import BatchNormSwish, BilinearUp, FactorizedReduce, SqueezeExcite, WeightNormConv2d
+from lsgm_fast.nn.layers import (
+    BN_EPS,
+    BatchNormSwish,
+    BilinearUp,
+    FactorizedReduce,
+    SqueezeExcite,
+    WeightNormConv2d,
+)
 
 RESIDUAL_SCALE = 0.1
+
+
+class Tensors(NamedTuple):
+    """What :func:`ops.nvae_cell` takes of a branch."""
+
+    convs: list[torch.Tensor]
+    biases: list[torch.Tensor]
+    norms: list[torch.Tensor]
 
 
 class BNSwishConv(nn.Module):
@@ -41,6 +58,10 @@ class BNSwishBranch(nn.ModuleList):
             x = op(x, batch_stats)
         return x
 
+    def tensors(self) -> Tensors:
+        weights = [op.conv.normalized_weight() for op in self]
+        return Tensors(weights, [op.conv.bias for op in self], [t for op in self for t in op.norm.tensors()])
+
 
 class BNSwish2Branch(nn.Module):
     """``res_bnswish2``: the same with a plain first convolution (no weight normalisation, no bias)."""
@@ -58,6 +79,11 @@ class BNSwish2Branch(nn.Module):
         if self.up:
             x = ops.fir_resample(x, "up", fir=False)
         return self.conv2(self.norm2(self.conv1(x), batch_stats))
+
+    def tensors(self) -> Tensors:
+        assert self.conv2.bias is not None
+        convs = [self.conv1.weight, self.conv2.normalized_weight()]
+        return Tensors(convs, [self.conv2.bias], [*self.norm1.tensors(), *self.norm2.tensors()])
 
 
 class MBConvBranch(nn.Module):
@@ -79,21 +105,15 @@ class MBConvBranch(nn.Module):
     def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
         if self.up:
             x = ops.fir_resample(x, "up", fir=False)
-        x = self.expand(self.norm(x, batch_stats))
-        if batch_stats or self.training:
-            # The statistics behind the depthwise convolution need its output, so only the convolution is fused.
-            x = self.expand_norm(x, batch_stats)
-            x = ops.depthwise_bn_swish(x, self.depthwise.weight, self.stride)
-            x = self.depthwise_norm(x, batch_stats)
-        else:
-            x = ops.depthwise_bn_swish(
-                x,
-                self.depthwise.weight,
-                self.stride,
-                *self.expand_norm.affine(),
-                *self.depthwise_norm.affine(),
-            )
-        return self.project_norm(self.project(x), batch_stats)
+        x = self.expand_norm(self.expand(self.norm(x, batch_stats)), batch_stats)
+        # The statistics behind the depthwise convolution need its output, so only the convolution is fused.
+        x = ops.depthwise_bn_swish(x, self.depthwise.weight, self.stride)
+        return self.project_norm(self.project(self.depthwise_norm(x, batch_stats)), batch_stats)
+
+    def tensors(self) -> Tensors:
+        norms = (self.norm, self.expand_norm, self.depthwise_norm, self.project_norm)
+        convs = (self.expand, self.depthwise, self.project)
+        return Tensors([conv.weight for conv in convs], [], [t for norm in norms for t in norm.tensors()])
 
 
 class Cell(nn.Module):
@@ -114,6 +134,7 @@ class Cell(nn.Module):
     ) -> None:
         super().__init__()
         stride, up = (2 if resample == "down" else 1), resample == "up"
+        self.stride, self.up = stride, up
         self.skip: nn.Module
         if resample == "down":
             self.skip = FactorizedReduce(in_channels, out_channels)
@@ -121,7 +142,7 @@ class Cell(nn.Module):
             self.skip = BilinearUp(in_channels, out_channels)
         else:
             self.skip = nn.Identity()
-        self.branch: nn.Module
+        self.branch: MBConvBranch | BNSwish2Branch | BNSwishBranch
         if kind.startswith("mconv_e"):
             self.branch = MBConvBranch(
                 in_channels, out_channels, stride, up, int(kind.removeprefix("mconv_e"))
@@ -132,7 +153,13 @@ class Cell(nn.Module):
         self.se = SqueezeExcite(out_channels) if squeeze_excite else None
 
     def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
-        skip, y = self.skip(x), self.branch(x, batch_stats)
+        skip = self.skip(x)
+        if not (batch_stats or self.training):
+            gate = () if self.se is None else self.se.tensors()
+            return ops.nvae_cell(
+                x, skip, *self.branch.tensors(), gate, self.stride, self.up, BN_EPS, RESIDUAL_SCALE
+            )
+        y = self.branch(x, batch_stats)
         if self.se is None:
             return torch.add(skip, y, alpha=RESIDUAL_SCALE)
         return self.se(skip, y, RESIDUAL_SCALE)

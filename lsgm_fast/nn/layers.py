@@ -43,11 +43,14 @@ class WeightNormConv2d(nn.Conv2d):
         """The weight before normalisation."""
         return self.weight
 
+    def normalized_weight(self) -> torch.Tensor:
+        """The weight that the convolution has."""
+        if self.prepared_weight is not None:
+            return self.prepared_weight
+        return ops.weight_norm([self.direction()], [self.log_weight_norm])[0]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.prepared_weight
-        if weight is None:
-            weight = ops.weight_norm([self.direction()], [self.log_weight_norm])[0]
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, self.normalized_weight(), self.bias)
 
 
 @contextmanager
@@ -99,16 +102,7 @@ class BatchNormSwish(nn.Module):
         if batch_stats and distributed.world_size() > 1:
             y, mean, var = self._over_all_processes(x)
         else:
-            y, mean, var = ops.bn_swish(
-                x,
-                self.weight,
-                self.bias,
-                self.running_mean,
-                self.running_var,
-                batch_stats,
-                BN_EPS,
-                self.swish,
-            )
+            y, mean, var = ops.bn_swish(x, *self.tensors(), batch_stats, BN_EPS, self.swish)
         if self.training and not recomputing():
             with torch.no_grad():
                 self.running_mean.lerp_(mean, BN_MOMENTUM)
@@ -126,10 +120,9 @@ class BatchNormSwish(nn.Module):
         unbiased = var * (count / (count - 1.0).clamp(min=1.0))
         return y.to(x.dtype), mean.to(self.running_mean.dtype), unbiased.to(self.running_var.dtype)
 
-    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scale, shift) of the normalisation with running statistics."""
-        scale = self.weight * torch.rsqrt(self.running_var + BN_EPS)
-        return scale, self.bias - self.running_mean * scale
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weight, bias, running mean and running variance."""
+        return self.weight, self.bias, self.running_mean, self.running_var
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, swish={self.swish}"
@@ -144,10 +137,12 @@ class SqueezeExcite(nn.Module):
         self.reduce = nn.Linear(channels, hidden)
         self.expand = nn.Linear(hidden, channels)
 
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights and biases, as :func:`ops.se_residual` takes them."""
+        return self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias
+
     def forward(self, skip: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
-        return ops.se_residual(
-            skip, x, self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias, scale
-        )
+        return ops.se_residual(skip, x, *self.tensors(), scale)
 
 
 class FactorizedReduce(nn.Module):
@@ -169,11 +164,14 @@ class FactorizedReduce(nn.Module):
 
 
 class BilinearUp(nn.Module):
-    """Skip path of an upsampling cell: bilinear x2 (corners aligned), then a 1x1 convolution without bias."""
+    """Skip path of an upsampling cell: bilinear x2 (corners aligned), then a 1x1 convolution without bias.
+
+    The two commute, up to rounding: the convolution comes first, where it has a quarter of the pixels.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = WeightNormConv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
+        return F.interpolate(self.conv(x), scale_factor=2, mode="bilinear", align_corners=True)

@@ -142,7 +142,7 @@ def _digits() -> Recipe:
         model=model,
         data=data,
         batch_size=50,
-        steps=16000,
+        steps=12000,
         warmup_steps=300,
         channels_last=True,
         clip_norm=100.0,

@@ -1,0 +1,203 @@
+"""The NVAE's residual cell on CPUs: oneDNN's convolutions with everything else folded into them.
+
+Running statistics make a BatchNorm an affine map per channel. One before a 1x1 convolution goes into its weights, and
+so does one behind any convolution; Swish is computed by oneDNN where it stores the convolution's results. What is left
+of a cell are its convolutions, and the squeeze-excite gate. All of it runs in channels_last, the order in which oneDNN
+is fastest.
+
+Two things are done differently from the layers in order, with the same result up to rounding:
+
+- Nearest upsampling commutes with what works on single pixels, so that happens at the low resolution. The convolution
+  behind it sees 2x2 equal pixels: for each of the four positions (p, q) of an output pixel within them it is a smaller
+  convolution of the low resolution (:func:`phase_kernels`). Zero padding stays zero padding, because whole
+  low-resolution pixels lie outside of the image.
+- Where the expanded tensor of an ``mconv`` cell would not stay in the cache, expansion, depthwise convolution and
+  projection go through slices of its channels, and the projections add up.
+
+Folding is done in every call: it touches the weights alone, and a copy that is kept could become a wrong one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lsgm_fast import ops
+
+# Slices of the expanded tensor have at most so many bytes: a third of the last-level cache of common processors.
+_SLICE_BYTES = 8 * 2**20
+# Channels of a slice are a multiple of this, a vector of 16 floats.
+_VECTOR = 16
+
+
+def unavailable() -> str | None:
+    """Why it cannot run here, or None."""
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch was built without oneDNN"
+    return None
+
+
+def forward(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    convs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor],
+    squeeze_excite: Sequence[torch.Tensor],
+    stride: int = 1,
+    up: bool = False,
+    eps: float = 1e-5,
+    scale: float = 0.1,
+) -> torch.Tensor:
+    """Arguments and result as of :func:`lsgm_fast.ops.nvae_cell`; the result lies in channels_last."""
+    affines = [_affine(norms[i : i + 4], eps) for i in range(0, len(norms), 4)]
+    x = x.contiguous(memory_format=torch.channels_last)
+    skip = skip.contiguous(memory_format=torch.channels_last)
+    if len(convs) == 3:
+        y = _mconv(x, convs, affines, stride, up)
+    else:
+        y = _bnswish(x, convs, biases, affines, norms[:4], stride, up, eps)
+    if squeeze_excite:
+        reduce, reduce_bias, expand, expand_bias = squeeze_excite
+        return ops.se_residual(skip, y, reduce, reduce_bias, expand, expand_bias, scale)
+    return torch.add(skip, y, alpha=scale)
+
+
+def phase_kernels(weight: torch.Tensor) -> torch.Tensor:
+    """The kernels of a convolution behind nearest x2, on what was enlarged.
+
+    (O, I, K, K), K = 3 or 5, stride 1 and padding K // 2 -> (2, 2, O, I, k, k), k = 2 or 3. Output pixel
+    (2i + p, 2j + q) is the (p, q)-th kernel at (i, j): tap m of a row hits low-resolution row
+    ``i + (p + m - K // 2) // 2``, and the taps that hit the same row add up. For K = 5 that is a 3x3 kernel with
+    padding 1; for K = 3, a 2x2 kernel that starts at (i + p - 1, j + q - 1).
+    """
+    size = weight.shape[-1]
+    rows = weight.new_zeros(2, size // 2 + 1, size)
+    for p in range(2):
+        first = (p - size // 2) // 2
+        for m in range(size):
+            rows[p, (p + m - size // 2) // 2 - first, m] = 1.0
+    return torch.einsum("pam,qbn,oimn->pqoiab", rows, rows, weight)
+
+
+def _mconv(
+    x: torch.Tensor,
+    convs: Sequence[torch.Tensor],
+    affines: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    stride: int,
+    up: bool,
+) -> torch.Tensor:
+    (s0, t0), (s1, t1), (s2, t2), (s3, t3) = affines
+    matrix = convs[0][:, :, 0, 0]
+    expand_bias = torch.addcmul(t1, s1, matrix @ t0)
+    expand = (s1[:, None] * matrix * s0)[:, :, None, None]
+    depthwise = s2[:, None, None, None] * convs[1]
+    project = s3[:, None, None, None] * convs[2]
+    kernels = phase_kernels(depthwise).flatten(0, 1) if up else depthwise[None]
+
+    channels = expand.shape[0]
+    samples, _, height, width = x.shape
+    channel_bytes = 4 * samples * height * width
+    step = min(channels, max(_SLICE_BYTES // channel_bytes // _VECTOR, 1) * _VECTOR)
+    outputs: list[torch.Tensor] = []
+    for first in range(0, channels, step):
+        part = slice(first, min(first + step, channels))
+        expanded = _conv(x, expand[part], expand_bias[part], swish=True)
+        weight = project[:, part].contiguous()
+        for i, kernel in enumerate(kernels):
+            inner = _conv(
+                expanded,
+                kernel[part],
+                t2[part],
+                stride,
+                kernel.shape[-1] // 2,
+                part.stop - part.start,
+                swish=True,
+            )
+            if first == 0:
+                outputs.append(_conv(inner, weight, t3))
+            else:
+                _add_conv(outputs[i], inner, weight)
+    return _interleave(outputs) if up else outputs[0]
+
+
+def _bnswish(
+    x: torch.Tensor,
+    convs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    affines: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    norm: Sequence[torch.Tensor],
+    stride: int,
+    up: bool,
+    eps: float,
+) -> torch.Tensor:
+    factor, shift = affines[1]
+    first = factor[:, None, None, None] * convs[0]
+    if len(biases) == 2:
+        shift = torch.addcmul(shift, factor, biases[0])
+    weight, bias, mean, var = norm
+    x = ops.bn_swish(x, weight, bias, mean, var, False, eps)[0]
+    if up:
+        height, width = x.shape[2:]
+        # All four phases at once. With padding 1, row t of the result is at t - 1 and t of x.
+        kernels = phase_kernels(first).flatten(0, 2)
+        phases = _conv(x, kernels, shift.repeat(4), padding=1, swish=True).chunk(4, dim=1)
+        inner = _interleave(
+            [y[:, :, i // 2 : i // 2 + height, i % 2 : i % 2 + width] for i, y in enumerate(phases)]
+        )
+    else:
+        inner = _conv(x, first, shift, stride, 1, swish=True)
+    return _conv(inner, convs[1], biases[-1], padding=1)
+
+
+def _interleave(phases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Four (N, C, H, W), of the output pixels (2i, 2j), (2i, 2j + 1), (2i + 1, 2j), (2i + 1, 2j + 1), as one."""
+    n, c, height, width = phases[0].shape
+    result = torch.empty(
+        (n, c, 2 * height, 2 * width),
+        dtype=phases[0].dtype,
+        device=phases[0].device,
+        memory_format=torch.channels_last,
+    )
+    for i, phase in enumerate(phases):
+        result[:, :, i // 2 :: 2, i % 2 :: 2] = phase
+    return result
+
+
+def _conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    swish: bool = False,
+) -> torch.Tensor:
+    # What Inductor calls for a convolution and what follows it. The first-use self-test compares it with PyTorch's own.
+    return torch.ops.mkldnn._convolution_pointwise(
+        x,
+        weight,
+        bias,
+        [padding, padding],
+        [stride, stride],
+        [1, 1],
+        groups,
+        "swish" if swish else "none",
+        [],
+        "",
+    )
+
+
+def _add_conv(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """``y += conv(x)``, 1x1."""
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        y, x, weight, None, [0, 0], [1, 1], [1, 1], 1, "add", None, None, [], None
+    )
+
+
+def _affine(norm: Sequence[torch.Tensor], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(factor, shift) of a BatchNorm with running statistics."""
+    weight, bias, mean, var = norm
+    factor = weight * torch.rsqrt(var + eps)
+    return factor, bias - mean * factor
