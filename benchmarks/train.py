@@ -9,7 +9,7 @@ backward pass, the checks for NaN, regularisation, clipping, optimizers and the 
 checkpoint. Kinds of step: ``vae`` (stage 1), ``algorithm1``, ``algorithm2`` (disjoint) and ``algorithm3`` of stage 2,
 and ``frozen`` (stage 2 with a VAE that stays as it is). In stage 2 the KL coefficient is 1, as in most of a run.
 
-Every case runs in a process of its own, because the CPU's peak of memory can only grow within one. ``peak_memory`` is
+Every case runs in a process of its own, which nothing before it has filled. ``peak_memory`` is
 that of CUDA's allocator on a GPU. On a CPU it is the largest resident size minus that before the model was built. In
 both cases it holds weights, optimizer states and gradients as well.
 
@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,17 @@ def _resident_bytes() -> int:
 
 
 def _largest_resident_bytes() -> int:
+    """The largest resident size since the last :func:`_forget_largest`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
+
+
+def _forget_largest() -> None:
+    """Set the largest resident size to the present one, where the kernel allows it (see ``man 5 proc``)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_memory(device: str, before: int, largest_before: int) -> measure.Figure:
@@ -214,6 +225,7 @@ def run_case(
     images = folder / "images.npz"
     random_images(case, images)
     config = configuration(case, images)
+    _forget_largest()
     before, largest = _resident_bytes(), _largest_resident_bytes()
     trainer = Trainer(config, folder / "run", device=case.device, progress=False)
     trainer._train_mode()

@@ -5,6 +5,7 @@ Every function does the right thing in a single process without a process group.
 
 from __future__ import annotations
 
+import pickle
 from typing import Any, TypeVar
 
 import torch
@@ -90,6 +91,33 @@ def broadcast_object(value: T, source: int = 0) -> T:
     values: list[Any] = [value]
     dist.broadcast_object_list(values, src=source)
     return values[0]
+
+
+def gather_objects(value: T, failure: Exception | None = None) -> list[T]:
+    """The ``value`` of every process, in the order of the ranks; anything that can be pickled.
+
+    Args:
+        failure: what went wrong in this process, in place of its value. Where any has one, every process raises that
+            of the lowest rank, so that none waits for another that is gone.
+    """
+    if not _initialised():
+        gathered: list[Any] = [(value, failure)]
+    else:
+        gathered = [None] * world_size()
+        dist.all_gather_object(gathered, (value, None if failure is None else _portable(failure)))
+    for _, raised in gathered:
+        if raised is not None:
+            raise raised
+    return [each for each, _ in gathered]
+
+
+def _portable(failure: Exception) -> Exception:
+    """The exception, or one with its message where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(failure))
+    except Exception:
+        return RuntimeError(f"{type(failure).__name__}: {failure}")
+    return failure
 
 
 def first_to_fail() -> bool:

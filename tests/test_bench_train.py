@@ -76,13 +76,53 @@ def test_record_of_a_tiny_preset(tmp_path: Path, idle: None, capsys: pytest.Capt
         assert min(parts) > 0.0 and sum(parts) == pytest.approx(total)
     assert trained == sum(p.numel() for p in lsgm_fast.build("tiny-binary").parameters())
     # Weights, their gradients and two moments, all in float32, are in memory at once.
-    assert 16 * trained < figures["peak_memory"]["median"] < 2**30
+    peak = figures["peak_memory"]
+    if peak["kind"] == "measured":
+        assert 16 * trained < peak["median"] < 2**30
+    else:  # a kernel that does not reset the largest size, and libraries that took more than the steps
+        assert "loading the libraries" in peak["reason"] and not _resets_the_largest()
     assert "score_matching_loss" in entry["backends"]
     (line,) = [
         line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tiny-binary")
     ]
     assert line[1:4] == ["algorithm2", "2", "fp32"] and len(line) == 11
-    assert all(float(text) > 0.0 for text in line[4:])
+    shown = line[4:] if peak["kind"] == "measured" else line[4:-1]
+    assert all(float(text) > 0.0 for text in shown) and (shown == line[4:] or line[-1] == "-")
+
+
+def _resets_the_largest() -> bool:
+    """Whether this kernel forgets the largest resident size when it is asked to."""
+    block = bytearray(2**27)
+    block[:: 2**12] = bytes([1]) * 2**15
+    del block
+    before = train._largest_resident_bytes()
+    train._forget_largest()
+    return train._largest_resident_bytes() < before
+
+
+def test_the_peak_of_memory_is_that_of_the_steps() -> None:
+    """What was taken and given back before does not hide what comes after."""
+    if not _resets_the_largest():
+        pytest.skip("this kernel does not reset the largest resident size")
+    block = bytearray(2**28)
+    block[:: 2**12] = bytes([1]) * 2**16
+    del block
+    train._forget_largest()
+    before, largest = train._resident_bytes(), train._largest_resident_bytes()
+    block = bytearray(2**26)
+    block[:: 2**12] = bytes([1]) * 2**14
+    del block
+    figure = train._peak_memory("cpu", before, largest)
+    assert 0.9 * 2**26 < figure["values"][0] < 1.5 * 2**26
+
+
+def test_a_peak_that_cannot_be_told_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_largest_resident_bytes", lambda: 1000)
+    assert train._peak_memory("cpu", 500, 1000)["kind"] == "not_measured"
+    assert train._peak_memory("cpu", 500, 999)["values"] == [500.0]
+    missing = Path("/proc/self/nothing/clear_refs")
+    monkeypatch.setattr(train, "Path", lambda name: missing)
+    train._forget_largest()  # a kernel that refuses
 
 
 class Clock:

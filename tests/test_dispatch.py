@@ -317,9 +317,7 @@ def test_record_of_a_model():
         model.prior(torch.zeros(1, *model.latent_shape), torch.tensor(0.5))
     counts = {name: n for (name, _), n in log.counts.items()}
     assert counts["weight_norm"] == 1  # one call for all convolutions
-    assert {"nvae_cell", "se_residual", "group_norm_swish", "fir_resample"} <= set(
-        counts
-    )
+    assert {"nvae_cell", "se_residual", "group_norm_swish", "fir_resample"} <= set(counts)
 
 
 # -- resolve ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -305,7 +306,7 @@ def random_diffusion(indices, model, draws):
     ).flatten(1)
 
 
-@pytest.mark.parametrize("name", ["vpsde", "sub_vpsde", "vesde"])
+@pytest.mark.parametrize("name", SDES)
 def test_the_ode_of_a_gaussian_prior(name):
     """-log p(z0) in closed form: the data's density at t_start, but for the model's prior in place of that at t = 1."""
     sampling = SamplingConfig(ode_eps=1e-4, tol=1e-8)
@@ -522,6 +523,50 @@ def test_the_importance_weighted_bound_with_the_ode_and_the_spread_of_its_probes
     assert many.probe_std < 0.6 * one.probe_std
 
 
+def test_the_probes_options_reach_the_trace(monkeypatch):
+    from lsgm_fast.evaluation import nelbo
+
+    seen = []
+    original = nelbo.log_prior
+
+    def recorded(term, z0, **options):
+        seen.append({name: options[name] for name in ("probe", "probes", "fresh_probes")})
+        return original(term, z0, **options)
+
+    monkeypatch.setattr(nelbo, "log_prior", recorded)
+    model = model_of(Prior(), sampling=SamplingConfig(ode_eps=1e-2, tol=1e-2))
+    chosen = {"probe": "gaussian", "probes": 3, "fresh_probes": True}
+    report = evaluate_nelbo(model, [binary_images(2)], method="ode", **chosen)
+    fixed = evaluate_nelbo(model, [binary_images(2)], method="ode")
+    assert seen == [chosen, {"probe": "rademacher", "probes": 1, "fresh_probes": False}]
+    assert (report.probe, report.probes, report.fresh_probes) == ("gaussian", 3, True)
+    assert (fixed.probe, fixed.probes, fixed.fresh_probes) == ("rademacher", 1, False)
+    none = evaluate_nelbo(model, [binary_images(2)])
+    assert (none.probe, none.probes, none.fresh_probes) == (None, None, None)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_the_importance_weighted_bound_is_no_larger_than_the_likelihood(name):
+    """Of one image log p(x) = log E exp(-NELBO): by many draws, with the densities of the ODE. The bound of K draws
+    comes nearer from below as K grows, and never above by more than noise."""
+    sde = build_sde(SDES[name])
+    model = model_of(Exact(sde), name, sampling=SamplingConfig(ode_eps=1e-2, tol=1e-3))
+    images = binary_images(1).expand(40, -1, -1, -1)
+    # Copies of an image are evaluated with draws of their own: 40 independent bounds each.
+    few, more = (evaluate_nelbo(model, [images], method="ode", draws=k, seed=k) for k in (2, 8))
+    logs = []
+    for seed in range(20):
+        logs.append(-evaluate_nelbo(model, [images], method="ode", seed=100 + seed).values)
+    weights = torch.cat(logs)
+    log_p = float(torch.logsumexp(weights, dim=0)) - math.log(len(weights))
+    noise = float((weights - log_p).exp().std()) / math.sqrt(len(weights))
+    for report in (few, more):
+        error = math.hypot(report.importance_weighted.standard_error, noise)
+        assert -report.importance_weighted.mean < log_p + 3 * error
+        assert report.importance_weighted.mean < report.nelbo.mean
+    assert more.importance_weighted.mean < few.importance_weighted.mean
+
+
 class Mixing(torch.nn.Module):
     """A network whose Jacobian is far from diagonal."""
 
@@ -536,8 +581,29 @@ class Mixing(torch.nn.Module):
 
 def test_telling_foreign_images_apart():
     a, b = report_with([1.0, 2.0, 3.0]), report_with([2.0, 5.0])
-    assert out_of_distribution(a, b) == pytest.approx((1 + 0.5 + 0 + 3) / 6)
-    assert out_of_distribution(a, a) == pytest.approx(0.5)
+    assert out_of_distribution(a, b).mean == pytest.approx((1 + 0.5 + 0 + 3) / 6)
+    assert out_of_distribution(a, a).mean == pytest.approx(0.5)
+    # By hand (DeLong et al. 1988): of the inside images 1, 3/4 and 1/2 of the outside ones lie above; of the outside
+    # ones 1/2 and 1 of the inside ones below.
+    expected = math.sqrt(np.var([1.0, 0.75, 0.5], ddof=1) / 3 + np.var([0.5, 1.0], ddof=1) / 2)
+    assert out_of_distribution(a, b).standard_error == pytest.approx(expected)
+    assert out_of_distribution(a, report_with([7.0, 8.0])) == Estimate(1.0, 0.0)
+    assert out_of_distribution(a, report_with([2.5])).standard_error is None
+
+
+def test_the_error_of_telling_apart_covers_the_truth():
+    """For N(0, 1) and N(1, 1) the area is Phi(1 / sqrt 2): 95% of the intervals of 300 pairs of samples hold it."""
+    truth, held = stats.norm.cdf(1 / math.sqrt(2)), 0
+    template = report_with([0.0, 1.0])
+    for seed in range(300):
+        generator = torch.Generator().manual_seed(seed)
+        inside, outside = (
+            dataclasses.replace(template, values=torch.randn(n, generator=generator).double() + mean)
+            for n, mean in ((40, 0.0), (60, 1.0))
+        )
+        found = out_of_distribution(inside, outside)
+        held += abs(found.mean - truth) < 1.96 * found.standard_error
+    assert 0.90 < held / 300 < 0.98
 
 
 def report_with(values):
@@ -613,7 +679,7 @@ def command(monkeypatch, tmp_path, capsys):
         if split not in ("train", "held_out"):
             return real(config, split)
         opened.append((config, split))
-        return Grey(config.size or 6)
+        return Grey(9 if config.source == "wide" else config.size or 6)
 
     monkeypatch.setattr(data, "open_data", open_data)
 
@@ -686,6 +752,33 @@ def test_the_command_on_a_vae_alone_and_with_the_ode(command):
     assert report["method"] == "ode" and report["kl_groups"] is None and report["images"] == 2
 
 
+def test_the_command_with_probes_and_other_data(command, tmp_path):
+    ode = ("model.safetensors", "--method", "ode", "-n", 3)
+    result = command(*ode, "--probes", 2, "--measure-probes", "--outside", "other", "--out", "a.json")
+    assert result.code == 0, result.err
+    assert [(c.source, c.binarise, s) for c, s in result.opened] == [
+        ("digits", "static", "held_out"),
+        ("other", "static", "held_out"),
+    ]
+    record = json.loads((tmp_path / "a.json").read_text())
+    report = record["reports"]["score"]
+    assert (report["probes"], report["probe"], report["fresh_probes"]) == (2, "rademacher", False)
+    assert report["probe_std"] > 0.0
+    assert re.search(rf"spread of the probes *│ *{report['probe_std']:.2f} ", result.out)
+    assert "1 draw(s) per image, 2 rademacher probe(s), NFE" in result.out
+    other = record["outside"]
+    assert other["data"]["source"] == "other" and other["reports"]["score"]["images"] == 3
+    # The same images in both.
+    assert other["out_of_distribution"]["score"]["mean"] == 0.5
+    error = other["out_of_distribution"]["score"]["standard_error"]
+    assert f"score: other, 3 images, NELBO {report['nelbo']['mean']:.2f}; " in result.out
+    assert f"the larger of a pair with probability 0.5000 +- {error:.4f}" in result.out
+    fresh = command(*ode, "--fresh-probes", "--json")
+    report = json.loads(fresh.out)["reports"]["score"]
+    assert (report["probes"], report["probe"], report["fresh_probes"]) == (1, "gaussian", True)
+    assert json.loads(fresh.out)["outside"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -697,6 +790,22 @@ def test_the_command_on_a_vae_alone_and_with_the_ode(command):
         (("model.safetensors", "--binarise", "statc"), "'statc'.*did you mean 'static'"),
         (("vae.safetensors", "--prior", "both"), "only a VAE"),
         (("model.safetensors", "--out", "."), "cannot write .: it is a folder"),
+        (("model.safetensors", "--probes", 2), "--probes is of .*density: add --method ode"),
+        (("model.safetensors", "--fresh-probes"), "--fresh-probes is of .*density: add --method ode"),
+        (
+            ("model.safetensors", "--measure-probes", "--method", "ode", "--prior", "normal"),
+            "--measure-probes .* leave --prior normal out",
+        ),
+        (("vae.safetensors", "--method", "ode", "--probes", 2), "--probes .*vae.safetensors has no prior"),
+        (
+            ("model.safetensors", "--quality", "--no-likelihood", "--probes", 2, "--method", "ode"),
+            "--probes is of the NELBO: leave --no-likelihood out",
+        ),
+        (
+            ("model.safetensors", "--quality", "--no-likelihood", "--outside", "other"),
+            "--outside compares NELBOs: leave --no-likelihood out",
+        ),
+        (("model.safetensors", "--outside", "wide"), r"grey.*\(1, 9, 9\).*the model takes"),
     ],
 )
 def test_the_commands_errors(command, arguments, message):

@@ -220,6 +220,45 @@ def test_several_probes_average_single_ones():
     assert (single[0] - single[1]).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize("name", SDES)
+def test_the_mean_of_fresh_probes_is_the_closed_form(name):
+    """On Gaussian data, within four standard errors of 400 samples; the errors average out along t."""
+    sde, n = build_sde(SDES[name]), 400
+    z0 = _latents(1).expand(n, -1, -1, -1)
+    options = {"t_start": 0.01, "rtol": 1e-3, "atol": 1e-3, "probe": "gaussian"}
+    fixed, once = log_prior(gaussian_term(sde), z0, **options)
+    fresh, again = log_prior(gaussian_term(sde), z0, fresh_probes=True, **options)
+    exact = float(_gaussian_log_p(sde, z0[:1], 0.01))
+    for log_p in (fixed, fresh):
+        error = float(log_p.std()) / math.sqrt(n)
+        assert abs(float(log_p.mean()) - exact) < 4 * error + 1e-2
+    assert float(fresh.std()) < float(fixed.std())
+    assert again.nfe >= once.nfe
+
+
+def test_which_probes_an_evaluation_has():
+    """The first evaluation's are those of the solve with fixed ones; every later one has others."""
+    term, z0 = _network_term(), _latents()
+    asked = []
+
+    def probe_fn(k):
+        asked.append(k)
+        return torch.ones_like(z0)
+
+    _, solution = log_prior(
+        term, z0, t_start=0.1, probes=2, fresh_probes=True, probe_fn=probe_fn, rtol=1e-3, atol=1e-3
+    )
+    assert asked == list(range(2 * solution.nfe))
+    drawn = [
+        lsgm_fast.random.normal(5, range(2), "trace.probe", z0.shape[1:], substream=k) for k in range(2000)
+    ]
+    options = {"t_start": 0.1, "probe": "gaussian", "fresh_probes": True, "rtol": 1e-2, "atol": 1e-2}
+    got, counted = log_prior(term, z0, seed=5, **options)
+    assert counted.nfe < 2000
+    assert torch.equal(got, log_prior(term, z0, probe_fn=drawn.__getitem__, **options)[0])
+    assert ((got - log_prior(term, z0, seed=5, **{**options, "fresh_probes": False})[0]).abs() > 1e-3).all()
+
+
 @pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
 def test_a_sample_keeps_its_probe_in_any_batch(probe):
     term, z0 = _network_term(), _latents(3)
@@ -347,7 +386,8 @@ def test_an_empty_batch():
         ({"t_start": math.nan}, "t_start = nan"),
         ({"probe": "rademaker"}, "unknown probe 'rademaker'.*did you mean 'rademacher'"),
         ({"probes": 0}, "probes must be at least 1, got 0"),
-        ({"exact_trace": True, "probe_fn": lambda k: None}, "leave probe_fn out"),
+        ({"exact_trace": True, "probe_fn": lambda k: None}, "leave probe_fn and fresh_probes out"),
+        ({"exact_trace": True, "fresh_probes": True}, "leave probe_fn and fresh_probes out"),
         (
             {"probe_fn": lambda k: torch.ones(2, 3)},
             r"probe_fn\(0\) returned shape \(2, 3\), expected \(2, 3, 1, 2\)",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -71,3 +73,23 @@ def describe(error: Exception) -> tuple[str, int] | None:
     ):  # by name: importing it needs torch
         return str(error), 1
     return None
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[str]:
+    """Run a command in the group of processes that torchrun started, where it did; yields this process's device.
+
+    An error ends all of them and is shown by the process that it came from alone.
+    """
+    from lsgm_fast import distributed
+
+    chosen = None if device == "auto" else pick_device(device)
+    try:
+        yield str(distributed.init(chosen))
+    except Exception as error:
+        if distributed.first_to_fail():
+            raise
+        described = describe(error)
+        raise typer.Exit(described[1] if described is not None else 1) from None
+    finally:
+        distributed.shutdown()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from lsgm_fast.commands.common import Device, Json, Quiet, console, pick_device
+from lsgm_fast.commands.common import Device, Json, Quiet, console, process_group
 
 if TYPE_CHECKING:
     from lsgm_fast.config import VAEConfig
-    from lsgm_fast.data import DataConfig
+    from lsgm_fast.data import DataConfig, ImageSource
     from lsgm_fast.evaluation import Estimate, Interval, NelboReport, PairedDifference, QualityReport
     from lsgm_fast.models.lsgm import LSGM
 
@@ -63,9 +63,32 @@ def evaluate(
         ),
     ] = "diffusion",
     draws: Annotated[int, typer.Option(min=1, help="Draws per image.")] = 1,
+    probes: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --method ode: probes of the trace, averaged. Default: 1."),
+    ] = None,
+    fresh_probes: Annotated[
+        bool,
+        typer.Option(
+            "--fresh-probes",
+            help="With --method ode: new normal probes at every evaluation, as the published figures. Slow.",
+        ),
+    ] = False,
+    measure_probes: Annotated[
+        bool,
+        typer.Option(
+            "--measure-probes", help="With --method ode: also the spread between probes; solves once more."
+        ),
+    ] = False,
     compare: Annotated[
         str | None,
         typer.Option(help="A second model, or the same with options: what is compared, image by image."),
+    ] = None,
+    outside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Other data, as --data: how well the NELBO tells their images from these."
+        ),
     ] = None,
     quality: Annotated[
         bool, typer.Option("--quality", help="Also draw images and judge them in a classifier's features.")
@@ -88,8 +111,12 @@ def evaluate(
     image, with its 95% interval. `--quality` compares samples with the held-out images in the features of a
     classifier that is trained on the data's labels, once, and kept.
 
+    `--outside` evaluates images of other data as well (prepared alike): the probability that one of them has the
+    larger NELBO than one of the data, 0.5 for chance.
+
     A model may carry options after an @: `solver`, `tol`, `evaluations`, `ode_eps`, `temperature`, `bn` as for
-    `lsgm-fast sample`, and `dtype`.
+    `lsgm-fast sample`, and `dtype`. `torchrun` shares the work among many processes, in whole batches: the figures are
+    those of one.
 
     Examples:
 
@@ -97,96 +124,242 @@ def evaluate(
     - `lsgm-fast evaluate vae.safetensors --data images/ --size 32`
     - `lsgm-fast evaluate model.safetensors --prior both --draws 5 --out report.json`
     - `lsgm-fast evaluate model.safetensors --method ode -n 200`
+    - `lsgm-fast evaluate model.safetensors --method ode --probes 4 --measure-probes -n 200`
+    - `lsgm-fast evaluate demo --outside fashion-mnist/ -n 200`
     - `lsgm-fast evaluate demo --quality --no-likelihood`
     - `lsgm-fast evaluate demo@evaluations=4 --compare demo@solver=rk45 --quality --no-likelihood`
     - `lsgm-fast evaluate model.safetensors --compare model.safetensors@dtype=bfloat16`
+    - `torchrun --nproc-per-node 8 -m lsgm_fast evaluate model.safetensors --method ode --batch-size 100`
     """
-    from lsgm_fast import images
-    from lsgm_fast.errors import unknown_name
-    from lsgm_fast.models.lsgm import PRIORS
+    settings = _Settings(
+        model=model,
+        compare=compare,
+        data=data,
+        outside=outside,
+        split=split,
+        size=size,
+        channels=channels,
+        held_out=held_out,
+        binarise=binarise,
+        number=number,
+        prior=prior,
+        method=method,
+        draws=draws,
+        probes=probes,
+        fresh_probes=fresh_probes,
+        measure_probes=measure_probes,
+        likelihood=likelihood,
+        quality=quality,
+        samples=samples,
+        batch_size=batch_size,
+        out=out,
+        seed=seed,
+        as_json=as_json,
+        quiet=quiet,
+    )
+    with process_group(device) as device:
+        _evaluate(settings, device)
 
-    if prior not in (None, "both", *PRIORS):
-        raise unknown_name("prior", prior, (*PRIORS, "both"))
-    if prior == "both" and compare is not None:
-        raise ValueError("--prior both and --compare are two comparisons: give one of them")
-    if not likelihood and not quality:
-        raise ValueError("--no-likelihood leaves nothing to evaluate: add --quality")
-    if out is not None:
-        images.require_writable(out)
-    variants = [_Variant.parse(text) for text in (model, compare) if text is not None]
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of the command."""
+
+    model: str
+    compare: str | None
+    data: str | None
+    outside: str | None
+    split: str
+    size: int | None
+    channels: int | None
+    held_out: int | None
+    binarise: str | None
+    number: int | None
+    prior: str | None
+    method: str
+    draws: int
+    probes: int | None
+    fresh_probes: bool
+    measure_probes: bool
+    likelihood: bool
+    quality: bool
+    samples: int
+    batch_size: int
+    out: Path | None
+    seed: int
+    as_json: bool
+    quiet: bool
+
+    def check(self) -> None:
+        """Raise a ValueError or OSError for what can be told before anything is loaded."""
+        from lsgm_fast import images
+        from lsgm_fast.errors import unknown_name
+        from lsgm_fast.evaluation import METHODS
+        from lsgm_fast.models.lsgm import PRIORS
+
+        if self.prior not in (None, "both", *PRIORS):
+            raise unknown_name("prior", self.prior, (*PRIORS, "both"))
+        if self.method not in METHODS:
+            raise unknown_name("method", self.method, METHODS)
+        if self.prior == "both" and self.compare is not None:
+            raise ValueError("--prior both and --compare are two comparisons: give one of them")
+        if not self.likelihood and not self.quality:
+            raise ValueError("--no-likelihood leaves nothing to evaluate: add --quality")
+        if not self.likelihood and self.outside is not None:
+            raise ValueError("--outside compares NELBOs: leave --no-likelihood out")
+        for option, given in self.of_probes().items():
+            if given and not self.likelihood:
+                raise ValueError(f"{option} is of the NELBO: leave --no-likelihood out")
+            if given and (self.method != "ode" or self.prior == "normal"):
+                raise ValueError(
+                    f"{option} is of the score-based prior's density: add --method ode"
+                    + (" and leave --prior normal out" if self.prior == "normal" else "")
+                )
+        if self.out is not None:
+            images.require_writable(self.out)
+
+    def of_probes(self) -> dict[str, bool]:
+        """Which options of the trace's probes were given."""
+        return {
+            "--probes": self.probes is not None,
+            "--fresh-probes": self.fresh_probes,
+            "--measure-probes": self.measure_probes,
+        }
+
+
+def _evaluate(settings: _Settings, device: str) -> None:
+    """In every process; process 0 prints and writes."""
+    settings.check()
+    variants = [_Variant.parse(text) for text in (settings.model, settings.compare) if text is not None]
 
     import lsgm_fast
-    from lsgm_fast import evaluation
-    from lsgm_fast.data import batches, check_data, open_data, spread
+    from lsgm_fast import distributed, evaluation
+    from lsgm_fast.data import check_data, open_data, spread
 
-    device = pick_device(device)
-    progress = sys.stderr.isatty() and not (quiet or as_json)
+    shown = distributed.is_main() and not (settings.quiet or settings.as_json)
+    progress = shown and sys.stderr.isatty()
     models = [variant.load(device) for variant in variants]
+    if models[0].prior is None:
+        for option in (option for option, given in settings.of_probes().items() if given):
+            raise ValueError(
+                f"{option} is of the score-based prior's density, and {settings.model} has no prior"
+            )
     assert models[0].config is not None  # whatever was loaded from a file has one
-    config = _data(variants[0].path, models[0].config.vae, data, size, channels, held_out, binarise)
-    if binarise is None and config.binarise != "none" and not quiet:
+    config = _data(variants[0].path, models[0].config.vae, settings)
+    if (
+        settings.binarise is None
+        and config.binarise != "none"
+        and distributed.is_main()
+        and not settings.quiet
+    ):
         typer.echo(f"note: the model's pixels are binary: --binarise {config.binarise}", err=True)
-    source = open_data(config, split=split)
-    for loaded in models:
-        assert loaded.config is not None
-        check_data(source, loaded.config.vae)
-    if number is not None:
-        source = spread(source, number)
+
+    def opened(config: DataConfig) -> ImageSource:
+        source = open_data(config, split=settings.split)
+        for loaded in models:
+            assert loaded.config is not None
+            check_data(source, loaded.config.vae)
+        return source if settings.number is None else spread(source, settings.number)
+
+    source = opened(config)
+    outside_config = config.replace(source=settings.outside) if settings.outside is not None else None
+    outside_source = opened(outside_config) if outside_config is not None else None
 
     reports: dict[str, NelboReport] = {}
-    if likelihood:
-        priors: tuple[str | None, ...] = ("score", "normal") if prior == "both" else (prior,)
-        for variant, loaded in zip(variants, models, strict=True):
-            for name in priors:
-                report = evaluation.evaluate_nelbo(
-                    loaded,
-                    batches(source, config, batch_size=batch_size, seed=seed, train=False),
-                    prior=name,
-                    method=method,
-                    draws=draws,
-                    seed=seed,
-                    tol=variant.options.get("tol") if method == "ode" else None,
-                    progress=progress,
-                )
-                reports[report.prior if compare is None else variant.text] = report
+    outside: dict[str, NelboReport] = {}
+    if settings.likelihood:
+        reports = _reports(settings, variants, models, source, config, progress)
+        if outside_source is not None and outside_config is not None:
+            outside = _reports(settings, variants, models, outside_source, outside_config, progress)
     judged: dict[str, QualityReport] = {}
-    if quality:
-        judge = _judge(config, device, progress, seed)
+    if settings.quality:
+        judge = _judge(config, device, progress, settings.seed)
         judged = {
-            variant.text: judge(loaded, variant, samples)
+            variant.text: judge(loaded, variant, settings.samples)
             for variant, loaded in zip(variants, models, strict=True)
         }
+    if not distributed.is_main():
+        return
     difference = None
     if len(reports) == 2:
         first, second = reports.values()
         difference = evaluation.compare(first, second) if first.images > 1 else None
+    told_apart = {name: evaluation.out_of_distribution(reports[name], r) for name, r in outside.items()}
     judged_difference = evaluation.compare_quality(*judged.values()) if len(judged) == 2 else {}
     record = {
-        "model": model,
-        "compare": compare,
+        "model": settings.model,
+        "compare": settings.compare,
         "data": config.to_dict(),
-        "split": split,
+        "split": settings.split,
         "device": device,
         "reports": {name: report.to_dict() for name, report in reports.items()},
         "difference": difference.to_dict() if difference else None,
+        "outside": None
+        if outside_config is None
+        else {
+            "data": outside_config.to_dict(),
+            "reports": {name: report.to_dict() for name, report in outside.items()},
+            "out_of_distribution": {name: asdict(estimate) for name, estimate in told_apart.items()},
+        },
         "quality": {name: report.to_dict() for name, report in judged.items()},
         "quality_difference": {name: asdict(interval) for name, interval in judged_difference.items()},
         "version": lsgm_fast.__version__,
     }
-    if out is not None:
+    if settings.out is not None:
         from lsgm_fast.files import atomic_path
 
-        with atomic_path(out, make_folders=True) as temporary:
+        with atomic_path(settings.out, make_folders=True) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
-    if as_json:
+    if settings.as_json:
         typer.echo(json.dumps(record))
-    elif not quiet:
+    elif not settings.quiet:
         if reports:
-            _print_evaluation(f"{config.source}, {split}", reports, difference)
+            _print_evaluation(f"{config.source}, {settings.split}", reports, difference)
+        for name, estimate in told_apart.items():
+            error = "" if estimate.standard_error is None else f" +- {estimate.standard_error:.4f}"
+            typer.echo(
+                f"{name}: {settings.outside}, {outside[name].images} images, NELBO {outside[name].nelbo.mean:.2f}; "
+                f"the larger of a pair with probability {estimate.mean:.4f}{error}"
+            )
         if judged:
             _print_quality(judged, judged_difference)
-        if out is not None:
-            typer.echo(f"report: {out}")
+        if settings.out is not None:
+            typer.echo(f"report: {settings.out}")
+
+
+def _reports(
+    settings: _Settings,
+    variants: Sequence[_Variant],
+    models: Sequence[LSGM],
+    source: ImageSource,
+    data: DataConfig,
+    progress: bool,
+) -> dict[str, NelboReport]:
+    """The NELBO of one data set by every model and prior that was asked for."""
+    from lsgm_fast.data import batches
+    from lsgm_fast.evaluation import evaluate_nelbo
+
+    reports = {}
+    priors = ("score", "normal") if settings.prior == "both" else (settings.prior,)
+    for variant, loaded in zip(variants, models, strict=True):
+        for name in priors:
+            report = evaluate_nelbo(
+                loaded,
+                batches(source, data, batch_size=settings.batch_size, seed=settings.seed, train=False),
+                prior=name,
+                method=settings.method,
+                draws=settings.draws,
+                seed=settings.seed,
+                tol=variant.options.get("tol") if settings.method == "ode" else None,
+                probe="gaussian" if settings.fresh_probes else "rademacher",
+                probes=settings.probes or 1,
+                fresh_probes=settings.fresh_probes,
+                measure_probes=settings.measure_probes,
+                shared=True,
+                progress=progress,
+            )
+            reports[report.prior if settings.compare is None else variant.text] = report
+    return reports
 
 
 @dataclass(frozen=True)
@@ -247,43 +420,40 @@ def _judge(
 ) -> Callable[[LSGM, _Variant, int], QualityReport]:
     """What draws images from a model and judges them; the data's part of it is done once, here."""
     from lsgm_fast.data import open_data
-    from lsgm_fast.evaluation import binary_draws, evaluate_quality, fit_classifier, load_images
+    from lsgm_fast.evaluation import draw_share, evaluate_quality, fit_classifier, load_images
 
     train, held_out = open_data(data, "train"), open_data(data, "held_out")
     classifier = fit_classifier(train, held_out, data, device=device, progress=progress)
     training, reference = load_images(train, data), load_images(held_out, data)
 
     def judge(model: LSGM, variant: _Variant, samples: int) -> QualityReport:
-        images = model.sample(samples, seed=seed, progress=progress, **variant.sampling())
-        if data.binarise != "none":
-            images = binary_draws(images, seed)
+        options = variant.sampling()
+        images = draw_share(model, samples, seed, data.binarise != "none", progress=progress, **options)
         return evaluate_quality(images, reference, classifier, training=training, seed=seed)
 
     return judge
 
 
-def _data(
-    model: str,
-    vae: VAEConfig,
-    source: str | None,
-    size: int | None,
-    channels: int | None,
-    held_out: int | None,
-    binarise: str | None,
-) -> DataConfig:
+def _data(model: str, vae: VAEConfig, settings: _Settings) -> DataConfig:
     """The data to evaluate on: those of the run that the model lies in unless others are named, with the options."""
     from lsgm_fast.data import DataConfig
     from lsgm_fast.training.config import from_mapping, read_config
 
     run = Path(model).parent / "config.yaml"
     config = DataConfig(symbols=vae.symbols, size=vae.image_size - 2 * vae.crop if vae.symbols else None)
-    if source is None and model != "demo" and run.is_file():
+    if settings.data is None and model != "demo" and run.is_file():
         config = from_mapping(read_config(run)).data
-    elif source is not None:
-        config = config.replace(source=source)
+    elif settings.data is not None:
+        config = config.replace(source=settings.data)
+    binarise = settings.binarise
     if binarise is None and vae.decoder_distribution == "bernoulli":
         binarise = "static"
-    changes = {"size": size, "channels": channels, "held_out": held_out, "binarise": binarise}
+    changes = {
+        "size": settings.size,
+        "channels": settings.channels,
+        "held_out": settings.held_out,
+        "binarise": binarise,
+    }
     return config.replace(**{name: value for name, value in changes.items() if value is not None})
 
 
@@ -312,6 +482,8 @@ def _print_evaluation(
             cells[f"importance-weighted, {report.draws} draws"] = cell(report.importance_weighted)
         if report.draw_std is not None:
             cells["spread of one draw"] = f"{report.draw_std:.2f}"
+        if report.probe_std is not None:
+            cells["spread of the probes"] = f"{report.probe_std:.2f}"
         return cells
 
     headings = [f"{name} ({r.method})" if r.method else name for name, r in reports.items()]
@@ -326,8 +498,11 @@ def _print_evaluation(
         table.add_row(name, *(column.get(name, "") for column in columns))
     console().print(table)
     for heading, report in zip(headings, values, strict=True):
+        probes = ""
+        if report.probes is not None:
+            probes = f", {report.probes}{' new' if report.fresh_probes else ''} {report.probe} probe(s)"
         typer.echo(
-            f"{heading}: {report.draws} draw(s) per image, NFE {report.nfe:.4g}, {report.seconds:.1f} s"
+            f"{heading}: {report.draws} draw(s) per image{probes}, NFE {report.nfe:.4g}, {report.seconds:.1f} s"
         )
     if difference is not None:
         first, second = reports

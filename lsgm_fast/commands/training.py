@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lsgm_fast.commands.common import Device, Json, Quiet, describe, pick_device
+from lsgm_fast.commands.common import Device, Json, Quiet, process_group
 
 _Recipe = Annotated[
     str | None,
@@ -98,11 +98,9 @@ def _train(
     changes = list(overrides or ())
     if data is not None:
         changes.append(f"data.source={data}")
-    chosen = None if device == "auto" else pick_device(device)
-    try:
-        distributed.init(chosen)
+    with process_group(device) as device:
         settled = assemble(stage, recipe=recipe, file=config, overrides=changes, vae=vae)
-        trainer = Trainer(settled, out, device=chosen, progress=not (quiet or as_json))
+        trainer = Trainer(settled, out, device=device, progress=not (quiet or as_json))
         result = trainer.run()
         if distributed.is_main():
             if as_json:
@@ -111,12 +109,5 @@ def _train(
             elif not quiet:
                 state = "stopped" if result.interrupted else "finished"
                 typer.echo(f"{state} at step {result.step}: {result.model}")
-    except Exception as error:
-        if distributed.first_to_fail():
-            raise
-        described = describe(error)
-        raise typer.Exit(described[1] if described is not None else 1) from None
-    finally:
-        distributed.shutdown()
     if result.interrupted:
         raise typer.Exit(130)

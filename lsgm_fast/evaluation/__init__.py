@@ -32,6 +32,7 @@ from lsgm_fast.evaluation.quality import (
     Memorisation,
     QualityReport,
     compare_quality,
+    draw_share,
     evaluate_quality,
     memorisation,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "binary_draws",
     "compare",
     "compare_quality",
+    "draw_share",
     "evaluate_nelbo",
     "evaluate_quality",
     "fit_classifier",

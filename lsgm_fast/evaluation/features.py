@@ -172,12 +172,14 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def binary_draws(images: Tensor, seed: int) -> Tensor:
+def binary_draws(images: Tensor, seed: int, first_index: int = 0) -> Tensor:
     """Draws of binary pixels, 0 or 1, from their probabilities (N, C, H, W), keyed by the seed and the place in N.
 
-    What a model of binary images returns are probabilities; its data are such draws.
+    What a model of binary images returns are probabilities; its data are such draws. Of a share of the images,
+    ``first_index`` is the place of its first.
     """
-    threshold = random.uniform(seed, range(images.shape[0]), "quality.pixels", images.shape[1:])
+    indices = range(first_index, first_index + images.shape[0])
+    threshold = random.uniform(seed, indices, "quality.pixels", images.shape[1:])
     return (threshold.to(images.device) < images).float()
 
 

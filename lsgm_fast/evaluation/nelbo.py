@@ -8,18 +8,20 @@ log-density of the probability-flow ODE (``"ode"``; equation 8), which is how th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 from tqdm import tqdm
 
-from lsgm_fast import random
+from lsgm_fast import distributed, random
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.models.lsgm import LSGM
 from lsgm_fast.models.nvae import NVAE
@@ -34,7 +36,7 @@ _SEED_STEP = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images and its standard error ``s / sqrt(n)``, s with n - 1; None for a single image."""
+    """A mean over images and its standard error, ``s / sqrt(n)``, s with n - 1; None for a single image."""
 
     mean: float
     standard_error: float | None
@@ -59,6 +61,7 @@ class NelboReport:
             lowest-resolution scale with its prior, and of the other scales with N(0, I).
         kl: ``nelbo - reconstruction``. kl_scales: its parts by scale, from the lowest resolution up. kl_groups: by
             group in decoder order, None for ``"ode"``, whose density does not split.
+        probe, probes, fresh_probes: of the trace, as given; None unless ``"ode"``.
         t_start: the time at which the score-based prior was evaluated (``time_eps`` or ``ode_eps``), else None.
         tol: of the ODE solver, else None. nfe: evaluations of the score network for each draw of an image, averaged.
         draw_std: standard deviation of the bound between draws of one image (root mean square over images), None for
@@ -86,6 +89,9 @@ class NelboReport:
     kl: Estimate
     kl_scales: tuple[Estimate, ...]
     kl_groups: tuple[Estimate, ...] | None
+    probe: str | None
+    probes: int | None
+    fresh_probes: bool | None
     t_start: float | None
     tol: float | None
     nfe: float
@@ -149,8 +155,11 @@ def evaluate_nelbo(
     limit: int | None = None,
     time_eps: float | None = None,
     tol: float | None = None,
+    probe: str = "rademacher",
     probes: int = 1,
+    fresh_probes: bool = False,
     measure_probes: bool = False,
+    shared: bool = False,
     progress: bool = False,
 ) -> NelboReport:
     """The negative evidence lower bound of a data set.
@@ -173,8 +182,15 @@ def evaluate_nelbo(
         seed: 0 to 2^64 - 1. limit: stop after this many images; None: all.
         time_eps: where the integral over time starts; None: the SDE's. For ``"diffusion"``.
         tol: rtol and atol of the solver; None: the recipe's. For ``"ode"``.
-        probes: of the trace, per solve, averaged. measure_probes: solve the first draw a second time with other probes,
-            for ``probe_std``. For ``"ode"``.
+        probes: of the trace, per solve, averaged. probe, fresh_probes: which, and whether every evaluation of the
+            network draws new ones, as for :func:`~lsgm_fast.sampling.log_prior`; the published figures are of
+            ``probe="gaussian", fresh_probes=True``. measure_probes: solve the first draw a second time with other
+            probes, for ``probe_std``. For ``"ode"``.
+        shared: every process of the group calls this with the same arguments, and they take turns with whole batches:
+            process r computes the batches r, r + world size, ... Every image's numbers are those of one process, with
+            the ODE too, and every process returns the report of all images. More processes than batches leave some
+            without work: choose smaller batches. A failure in one process is raised in all of them. False: this
+            process evaluates all images by itself, whatever the others do.
         progress: show a progress bar on stderr.
 
     Raises:
@@ -193,24 +209,57 @@ def evaluate_nelbo(
         prior = "normal" if model.prior is None else "score"
     if tol is None:
         tol = model.sampling.tol
-    bound = _Bound(model, model.vae, prior, method, draws, seed, time_eps, tol, probes, measure_probes)
+    trace = {"probe": probe, "probes": probes, "fresh_probes": fresh_probes}
+    bound = _Bound(model, model.vae, prior, method, draws, seed, time_eps, tol, trace, measure_probes)
     training = [module for module in model.modules() if module.training]
-    rows: list[Tensor] = []
-    done = 0
+    stream = _placed(_limited(batches, limit))
+    parts: list[_Part] = []
     start = time.perf_counter()
     model.eval()
     try:
         with torch.no_grad(), tqdm(desc="NELBO", total=limit, disable=not progress, leave=False) as bar:
-            for images in _limited(batches, limit):
-                rows.append(bound.draw_all(images.to(model.device), done))
-                done += images.shape[0]
-                bar.update(images.shape[0])
+            while found := _round(bound, stream, shared):
+                parts += found
+                bar.update(sum(part.values.shape[0] for part in found))
     finally:
         for module in training:
             module.training = True
-    if not done:
+    if not parts:
         raise ValueError("there are no images to evaluate: the batches are empty")
-    return bound.report(torch.cat(rows), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return bound.report(parts, distributed.broadcast_object(seconds) if shared else seconds)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one batch gives.
+
+    ``values``: (n, draws, parts) float64 on the CPU. ``probe_squares``: (n,) squared differences between two
+    independent estimates of the same log-densities, None where they are not measured. ``evaluations``: of the network,
+    times images.
+    """
+
+    values: Tensor
+    probe_squares: Tensor | None
+    evaluations: int
+
+
+def _round(bound: _Bound, stream: Iterator[tuple[int, Tensor]], shared: bool) -> list[_Part]:
+    """The next batches, one for each process that shares the work, in order; none at the end.
+
+    In step with the others, so that all of them know of a failure before they begin with the next batch.
+    """
+    if not shared:
+        return [bound.draw_all(images, first) for first, images in itertools.islice(stream, 1)]
+    part, failure = None, None
+    try:
+        mine = list(itertools.islice(stream, distributed.world_size()))[distributed.rank() :][:1]
+        if mine:
+            ((first, images),) = mine
+            part = bound.draw_all(images, first)
+    except Exception as error:
+        failure = error
+    return [each for each in distributed.gather_objects(part, failure) if each is not None]
 
 
 class _Bound:
@@ -228,7 +277,7 @@ class _Bound:
         seed: int,
         time_eps: float | None,
         tol: float,
-        probes: int,
+        trace: dict[str, Any],
         measure_probes: bool,
     ) -> None:
         self.model = model
@@ -239,20 +288,22 @@ class _Bound:
         self.seed = seed
         self.time_eps = model.sde.time_eps if time_eps is None else time_eps
         self.tol = tol
-        self.probes = probes
+        self.trace = trace
         self.measure_probes = measure_probes and self.method == "ode"
-        # Squared differences between two independent estimates of the same log-densities.
-        self.probe_squares: list[Tensor] = []
+        # Of the batch under way.
+        self.probe_squares: Tensor | None = None
         self.evaluations = 0
 
-    def draw_all(self, images: Tensor, first: int) -> Tensor:
-        """(n, draws, parts) float64 on the CPU for the images first, first + 1, ...: PARTS, scales, groups."""
+    def draw_all(self, images: Tensor, first: int) -> _Part:
+        """Of the images first, first + 1, ...; their values are PARTS, scales, groups."""
+        self.probe_squares, self.evaluations = None, 0
+        images = images.to(self.model.device)
         rows = [self._draw(images, range(first, first + images.shape[0]), k) for k in range(self.draws)]
         values = torch.stack(rows, dim=1)
         wrong = ~torch.isfinite(values).all(dim=2).all(dim=1)
         if bool(wrong.any()):
             raise NonFiniteError(f"the bound of image {first + int(wrong.nonzero()[0])} is NaN or infinite")
-        return values
+        return _Part(values, self.probe_squares, self.evaluations)
 
     def _draw(self, images: Tensor, indices: range, k: int) -> Tensor:
         model, n = self.model, len(indices)
@@ -294,7 +345,7 @@ class _Bound:
         self.evaluations += nfe * z0.shape[0]
         if self.measure_probes and k == 0:
             again, _ = self._log_prior(z0, first, self.draws)
-            self.probe_squares.append((log_p - again).detach().cpu().double().square())
+            self.probe_squares = (log_p - again).detach().cpu().double().square()
         return -log_p
 
     def _log_prior(self, z0: Tensor, first: int, k: int) -> tuple[Tensor, int]:
@@ -306,16 +357,18 @@ class _Bound:
             t_start=model.sampling.ode_eps,
             rtol=self.tol,
             atol=self.tol,
-            probes=self.probes,
+            **self.trace,
             seed=(self.seed + k * _SEED_STEP) % 2**64,
             first_index=first,
             state_dtype=torch.float64 if supports_float64(z0.device) else torch.float32,
         )
         return log_p, solution.nfe
 
-    def report(self, values: Tensor, seconds: float) -> NelboReport:
-        """Of (images, draws, parts)."""
+    def report(self, found: Sequence[_Part], seconds: float) -> NelboReport:
+        """Of all batches, in the order of the images."""
         vae = self.vae.config
+        values = torch.cat([part.values for part in found])
+        squares = [part.probe_squares for part in found if part.probe_squares is not None]
         n = values.shape[0]
         mean = values.mean(dim=1)
         estimates = [Estimate.of(column) for column in mean.unbind(dim=1)]
@@ -333,12 +386,13 @@ class _Bound:
             kl_groups=tuple(estimates[scales_end:]) or None,
             t_start={"diffusion": self.time_eps, "ode": self.model.sampling.ode_eps, None: None}[self.method],
             tol=self.tol if self.method == "ode" else None,
-            nfe=self.evaluations / (n * self.draws),
+            nfe=sum(part.evaluations for part in found) / (n * self.draws),
             importance_weighted=self._importance_weighted(values[:, :, 0]),
             # The difference of two estimates has twice the variance of one.
-            probe_std=float((torch.cat(self.probe_squares).mean() / 2.0).sqrt())
-            if self.probe_squares
-            else None,
+            probe_std=float((torch.cat(squares).mean() / 2.0).sqrt()) if squares else None,
+            probe=self.trace["probe"] if self.method == "ode" else None,
+            probes=self.trace["probes"] if self.method == "ode" else None,
+            fresh_probes=self.trace["fresh_probes"] if self.method == "ode" else None,
             draw_std=float(values[:, :, 0].var(dim=1).mean().sqrt()) if self.draws > 1 else None,
             seconds=seconds,
             values=mean[:, 0].clone(),
@@ -372,13 +426,34 @@ def _limited(batches: Iterable[Any], limit: int | None) -> Iterator[Tensor]:
             return
 
 
-def out_of_distribution(inside: NelboReport, outside: NelboReport) -> float:
+def _placed(batches: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Every batch with the position of its first image."""
+    first = 0
+    for images in batches:
+        yield first, images
+        first += images.shape[0]
+
+
+def out_of_distribution(inside: NelboReport, outside: NelboReport) -> Estimate:
     """How well the bound tells two data sets apart: the probability that an image of ``outside`` has the larger NELBO.
 
     The area under the receiver operating characteristic with NELBO as the score: 0.5 is chance, 1 is perfect. Below
     0.5 the model finds the foreign images likelier than its own kind, which likelihoods are known to do (Nalisnick et
     al. 2019, "Do deep generative models know what they don't know?").
+
+    Returns:
+        The area, and its standard error by DeLong et al. 1988: with the share v_i of outside images above the i-th
+        inside one and the share w_j of inside images below the j-th outside one (ties count half), the square root of
+        ``var(v) / inside images + var(w) / outside images``. It is 0 where the sets do not overlap, which says no more
+        than that these images show no error. None where one set is a single image.
     """
-    greater = outside.values[:, None] > inside.values[None, :]
-    equal = outside.values[:, None] == inside.values[None, :]
-    return float((greater.double() + 0.5 * equal.double()).mean())
+    from scipy.stats import rankdata  # takes long to import
+
+    a, b = inside.values.numpy(), outside.values.numpy()
+    pooled = rankdata(np.concatenate((a, b)))  # those of ties are averaged
+    above = 1.0 - (pooled[: len(a)] - rankdata(a)) / len(b)
+    below = (pooled[len(a) :] - rankdata(b)) / len(a)
+    error = None
+    if min(len(a), len(b)) > 1:
+        error = math.sqrt(above.var(ddof=1) / len(a) + below.var(ddof=1) / len(b))
+    return Estimate(float(below.mean()), error)

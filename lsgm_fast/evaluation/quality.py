@@ -12,14 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsgm_fast import random
+from lsgm_fast import distributed, random
 from lsgm_fast.evaluation.distances import (
     frechet_distance,
     kernel_distance,
     manifold_values,
     nearest_distances,
 )
-from lsgm_fast.evaluation.features import FeatureExtractor, FeatureStatistics, as_metrics_see, gather_rows
+from lsgm_fast.evaluation.features import (
+    FeatureExtractor,
+    FeatureStatistics,
+    as_metrics_see,
+    binary_draws,
+    gather_rows,
+)
+from lsgm_fast.models.lsgm import DEFAULT_BATCH_SIZE, LSGM
 
 _LEAST = 10  # images of a set; fewer say nothing, and a bootstrap could draw a single one again and again
 _P_VALUE = 1e-3
@@ -277,6 +284,52 @@ def evaluate_quality(
         replicates=replicates,
         **{name: intervals.get(name) for name in METRICS},  # type: ignore[arg-type]
     )
+
+
+def draw_share(
+    model: LSGM, samples: int, seed: int, binary: bool, *, progress: bool = False, **options: Any
+) -> Tensor:
+    """This process's share of the images that a model is judged by, for :func:`evaluate_quality`.
+
+    Whole batches of at most 64, in the order of the ranks, so every image is the one of a single process
+    (``model.sample(samples, seed=seed)``), bit for bit. Only where there would be fewer batches than processes are
+    they made smaller: the images of a solver whose step sizes are a batch's are then those of one process to within
+    its tolerance. With ``bn="batch"``, whose statistics are taken over all processes, every process draws all images
+    (which leaves the statistics as they are, up to rounding) and keeps its share: that is no faster.
+
+    Args:
+        samples: images of all processes. seed: of the draws. binary: draw the pixels from their probabilities.
+        options: ``solver``, ``tol``, ``evaluations``, ``ode_eps``, ``temperature`` and ``bn``, as for ``model.sample``.
+
+    Returns:
+        (n, C, H, W) float32 in [0, 1], n at least 1.
+
+    Raises:
+        ValueError: fewer samples than processes. ValueError, NonFiniteError: as ``model.sample``; in every process
+            where one of them fails.
+    """
+    world, rank = distributed.world_size(), distributed.rank()
+    if samples < world:
+        raise ValueError(
+            f"{samples} samples cannot be shared among {world} processes: draw more, or use fewer"
+        )
+    bn = options.pop("bn", None)
+    size = DEFAULT_BATCH_SIZE if samples > (world - 1) * DEFAULT_BATCH_SIZE else samples // world
+    starts = range(0, samples, size)
+    mine = starts[rank * len(starts) // world : (rank + 1) * len(starts) // world]
+    together = (model.sampling.bn if bn is None else bn) == "batch"
+    drawn, failure = [], None
+    try:
+        for first in starts if together else mine:
+            n = min(size, samples - first)
+            z, _ = model.sample_latents(n, seed=seed, first_index=first, progress=progress, **options)
+            images = model.decode(z, lower_noise=model._draw_lower(n, seed, first), bn=bn).float()
+            if first in mine:
+                drawn.append(binary_draws(images, seed, first) if binary else images)
+    except Exception as error:
+        failure = error
+    distributed.gather_objects(None, failure)
+    return torch.cat(drawn)
 
 
 def compare_quality(a: QualityReport, b: QualityReport) -> dict[str, Interval]:

@@ -12,7 +12,7 @@ parts, with the sum over the elements of a sample:
 The first knows nothing of z, and its integral has a closed form (:func:`linear_log_det`). Only the second, the trace
 of the network's Jacobian weighted by the mixing a, is integrated along with z: exactly, or by Hutchinson's estimate
 with probes that stay the same for the whole solve (FFJORD, Grathwohl et al. 2019, section 3.1), which keeps the ODE
-smooth in t.
+smooth in t. The published LSGM draws new ones at every evaluation, which ``fresh_probes=True`` does too.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def log_prior(
     atol: float = 1e-5,
     probe: str = "rademacher",
     probes: int = 1,
+    fresh_probes: bool = False,
     exact_trace: bool = False,
     seed: int = 0,
     first_index: int = 0,
@@ -119,9 +120,14 @@ def log_prior(
         rtol, atol, solver, callback, max_steps: as for :func:`~lsgm_fast.sampling.solve_ode`.
         probe: ``"rademacher"`` (entries of 1 or -1; exact for a diagonal Jacobian, and of the lowest variance among
             independent entries) or ``"gaussian"`` (the published choice). probes: how many per sample.
+        fresh_probes: new probes at every evaluation of the right-hand side, as in the published procedure, in place of
+            the same ones all along. Their errors average out along t, but an adaptive solver takes the noise for
+            curvature: it makes smaller steps, and tolerances that it would else meet may be out of reach. Evaluations
+            are numbered in a solve, so with these a sample depends on its batch by as much as on its probes.
         exact_trace: no probes but one vector-Jacobian product for each of the D elements of a sample.
         seed, first_index: of the probes' draws; the i-th sample has index ``first_index + i``.
         probe_fn: ``probe_fn(k)`` gives the k-th probe (B, C, ...) in place of draws; mean 0, variance 1, independent.
+            With ``fresh_probes`` the n-th evaluation (from 0) has those from ``n probes`` on.
         state_dtype: dtype of state and log-determinant, float32 or float64.
 
     Returns:
@@ -144,12 +150,20 @@ def log_prior(
             .expand(1, z.shape[1], *(-1,) * (z.dim() - 2))
         )
         if exact_trace:
-            if probe_fn is not None:
-                raise ValueError("exact_trace=True uses no probes: leave probe_fn out")
-            trace = _Trace(a, elements, 1.0, lambda: _basis(z))
+            if probe_fn is not None or fresh_probes:
+                raise ValueError("exact_trace=True uses no probes: leave probe_fn and fresh_probes out")
+            trace = _Trace(a, elements, 1.0, lambda n: _basis(z))
         else:
-            drawn = _draw_probes(z, probe, probes, seed, first_index, probe_fn)
-            trace = _Trace(a, probes, 1.0 / probes, lambda: iter(drawn))
+            drawn = _draw_probes(z, probe, range(probes), seed, first_index, probe_fn)
+
+            def vectors(n: int) -> Iterator[Tensor]:
+                """Of the n-th evaluation."""
+                if n == 0 or not fresh_probes:
+                    return iter(drawn)
+                of = range(n * probes, (n + 1) * probes)
+                return iter(_draw_probes(z, probe, of, seed, first_index, probe_fn))
+
+            trace = _Trace(a, probes, 1.0 / probes, vectors)
 
         def drift(t: float, packed: Tensor) -> Tensor:
             state = packed[: z.numel()].view_as(z)
@@ -219,18 +233,18 @@ def _basis(z: Tensor) -> Iterator[Tensor]:
 def _draw_probes(
     z: Tensor,
     probe: str,
-    probes: int,
+    probes: range,
     seed: int,
     first_index: int,
     probe_fn: Callable[[int], Tensor] | None,
 ) -> list[Tensor]:
     if probe not in PROBES:
         raise unknown_name("probe", probe, PROBES)
-    if probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}")
+    if not probes:
+        raise ValueError(f"probes must be at least 1, got {probes.stop}")
     indices = range(first_index, first_index + z.shape[0])
     drawn = []
-    for k in range(probes):
+    for k in probes:
         if probe_fn is not None:
             v = probe_fn(k)
             if v.shape != z.shape:
@@ -247,6 +261,8 @@ def _draw_probes(
 class _Trace:
     """``scale sum_v v^T diag(a) (de/dz) v`` over the given vectors, per sample, along with the network's output e.
 
+    ``vectors(n)`` are those of the n-th call.
+
     On which side of the Jacobian J the mixing D = diag(a) stands does not change the trace, but the variance. For
     Rademacher probes that of v^T A v is the sum over i < j of (A_ij + A_ji)^2, and all candidates
     ``D^s (D J) D^-s`` have the same products A_ij A_ji, so the one whose A is symmetric has the lowest. A score is a
@@ -254,11 +270,14 @@ class _Trace:
     symmetric, whereas sqrt(D) J sqrt(D) is not where a differs between channels. So all of D goes to the left.
     """
 
-    def __init__(self, a: Tensor, count: int, scale: float, vectors: Callable[[], Iterator[Tensor]]) -> None:
+    def __init__(
+        self, a: Tensor, count: int, scale: float, vectors: Callable[[int], Iterator[Tensor]]
+    ) -> None:
         self.a = a
         self.count = count
         self.scale = scale
         self.vectors = vectors
+        self.calls = 0
 
     def __call__(self, term: ScoreTerm, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         z = z.detach().requires_grad_()
@@ -266,8 +285,9 @@ class _Trace:
             eps = term.predict(z, t)
         _checks.same_shape("log_prior", eps=eps, z=z)
         total = z.new_zeros(z.shape[0])
-        for k, v in enumerate(self.vectors()):
+        for k, v in enumerate(self.vectors(self.calls)):
             total += (self._pull_back(eps, z, v, last=k + 1 == self.count) * v).flatten(1).sum(dim=1)
+        self.calls += 1
         return eps.detach(), self.scale * total
 
     def _pull_back(self, eps: Tensor, z: Tensor, v: Tensor, last: bool) -> Tensor:
