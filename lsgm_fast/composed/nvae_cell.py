@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lsgm_fast import ops
+import lsgm_fast  # its `ops` import this module
 
 # Slices of the expanded tensor have at most so many bytes: a third of the last-level cache of common processors.
 _SLICE_BYTES = 8 * 2**20
@@ -60,7 +60,7 @@ def forward(
         y = _bnswish(x, convs, biases, affines, norms[:4], stride, up, eps)
     if squeeze_excite:
         reduce, reduce_bias, expand, expand_bias = squeeze_excite
-        return ops.se_residual(skip, y, reduce, reduce_bias, expand, expand_bias, scale)
+        return lsgm_fast.ops.se_residual(skip, y, reduce, reduce_bias, expand, expand_bias, scale)
     return torch.add(skip, y, alpha=scale)
 
 
@@ -90,7 +90,8 @@ def _mconv(
 ) -> torch.Tensor:
     (s0, t0), (s1, t1), (s2, t2), (s3, t3) = affines
     matrix = convs[0][:, :, 0, 0]
-    expand_bias = torch.addcmul(t1, s1, matrix @ t0)
+    # As a sum: a matrix product rounds differently with where its operands lie in memory.
+    expand_bias = torch.addcmul(t1, s1, (matrix * t0).sum(dim=1))
     expand = (s1[:, None] * matrix * s0)[:, :, None, None]
     depthwise = s2[:, None, None, None] * convs[1]
     project = s3[:, None, None, None] * convs[2]
@@ -137,7 +138,7 @@ def _bnswish(
     if len(biases) == 2:
         shift = torch.addcmul(shift, factor, biases[0])
     weight, bias, mean, var = norm
-    x = ops.bn_swish(x, weight, bias, mean, var, False, eps)[0]
+    x = lsgm_fast.ops.bn_swish(x, weight, bias, mean, var, False, eps)[0]
     if up:
         height, width = x.shape[2:]
         # All four phases at once. With padding 1, row t of the result is at t - 1 and t of x.

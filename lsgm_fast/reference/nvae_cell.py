@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from lsgm_fast import ops
+import lsgm_fast  # its `ops` import this module
 
 
 def nvae_cell(
@@ -24,7 +24,7 @@ def nvae_cell(
 ) -> torch.Tensor:
     def normalise(x: torch.Tensor, i: int, swish: bool = True) -> torch.Tensor:
         weight, bias, mean, var = norms[4 * i : 4 * i + 4]
-        return ops.bn_swish(x, weight, bias, mean, var, False, eps, swish)[0]
+        return lsgm_fast.ops.bn_swish(x, weight, bias, mean, var, False, eps, swish)[0]
 
     def affine(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias, mean, var = norms[4 * i : 4 * i + 4]
@@ -34,18 +34,18 @@ def nvae_cell(
     if len(convs) == 3:
         expand, depthwise, project = convs
         if up:
-            x = ops.fir_resample(x, "up", fir=False)
+            x = lsgm_fast.ops.fir_resample(x, "up", fir=False)
         x = F.conv2d(normalise(x, 0, swish=False), expand)
-        x = ops.depthwise_bn_swish(x, depthwise, stride, *affine(1), *affine(2))
+        x = lsgm_fast.ops.depthwise_bn_swish(x, depthwise, stride, *affine(1), *affine(2))
         y = normalise(F.conv2d(x, project), 3, swish=False)
     else:
         first, second = convs
         x = normalise(x, 0)
         if up:
-            x = ops.fir_resample(x, "up", fir=False)
+            x = lsgm_fast.ops.fir_resample(x, "up", fir=False)
         x = F.conv2d(x, first, biases[0] if len(biases) == 2 else None, stride, 1)
         y = F.conv2d(normalise(x, 1), second, biases[-1], 1, 1)
     if squeeze_excite:
         reduce, reduce_bias, expand, expand_bias = squeeze_excite
-        return ops.se_residual(skip, y, reduce, reduce_bias, expand, expand_bias, scale)
+        return lsgm_fast.ops.se_residual(skip, y, reduce, reduce_bias, expand, expand_bias, scale)
     return torch.add(skip, y, alpha=scale)
