@@ -212,7 +212,7 @@ def test_an_empty_batch(target):
 
 
 @BOTH
-@pytest.mark.parametrize("target", FUSED)
+@pytest.mark.parametrize("target", [t for t in FUSED if t.id != "triton-cpu"])
 def test_the_number_of_threads_does_not_matter(target, batch_stats):
     backend, device = target
     before = torch.get_num_threads()
@@ -264,6 +264,8 @@ def test_what_a_fused_kernel_refuses(target):
 def test_auto_takes_the_kernel_where_it_pays():
     if not any(t.id == "cpu-cpu" and not t.marks for t in FUSED):
         pytest.skip("no compiled library")
+    if any(t.id == "triton-cpu" for t in FUSED):
+        pytest.skip("Triton's interpreter takes what the CPU kernel leaves")
     small, large = inputs(shape=(2, 8, 8, 8)), inputs(shape=(16, 128, 16, 16))
     assert lsgm_fast.explain(NAME, *small).chosen == "reference"
     assert lsgm_fast.explain(NAME, *large).chosen == "cpu"

@@ -16,6 +16,7 @@
 // their common mean (Chan, Golub, LeVeque 1979), in float64.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/dtypes.h"
@@ -50,7 +51,7 @@ enum TableRow : int32_t { kMinusMean, kScale, kBias, kSlope, kOffset, kTableRows
 struct Problem {
   Order order;
   int64_t batch, channels, spatial;
-  Chunks chunks;  // made by cpu::plan
+  Chunks chunks;  // made by plan
   DType dtype;
   bool batch_stats, swish;
   double eps;
@@ -72,9 +73,9 @@ struct Problem {
   float* grad_bias;
 
   double* partials;  // 2 * per_channel * channels: a chunk's moments or sums
-  Moments* moments;  // per channel, of this process's elements; then, if others join, of all
-  Sums* sums;        // the same
-  float* table;
+  Moments* moments;  // CPU; per channel, of this process's elements; then, if others join, of all
+  Sums* sums;        // CPU; the same
+  float* table;      // CPU
 };
 
 LSGM_HD int64_t elements(const Problem& p) { return p.batch * p.channels * p.spatial; }
@@ -107,6 +108,26 @@ LSGM_HD Chunk chunk_at(const Problem& p, int64_t k) {
 LSGM_HD int64_t partial_at(const Problem& p, int64_t k, int64_t which, int64_t channel) {
   if (p.order == Order::planes) return (channel * p.chunks.per_channel + k) * 2 + which;
   return (k * 2 + which) * p.channels + channel;
+}
+
+// Elements of each channel in chunk k.
+LSGM_HD int64_t chunk_elements(const Problem& p, int64_t k) {
+  const Chunk c = chunk_at(p, k);
+  return c.samples * c.size;
+}
+
+// mean, var and rstd of a channel: of its moments, or the running ones.
+LSGM_HD void store_moments(const Problem& p, int64_t channel, Moments moments) {
+  const double m2 = moments.m2 < 0 ? 0 : moments.m2;  // rounding may leave it a little below 0
+  p.mean[channel] = static_cast<float>(moments.mean);
+  p.var[channel] = static_cast<float>(m2 / (p.count - 1));
+  p.rstd[channel] = static_cast<float>(1 / std::sqrt(m2 / p.count + p.eps));
+}
+
+LSGM_HD void store_running(const Problem& p, int64_t channel) {
+  p.mean[channel] = p.running_mean[channel];
+  p.var[channel] = p.running_var[channel];
+  p.rstd[channel] = static_cast<float>(1 / std::sqrt(static_cast<double>(p.running_var[channel]) + p.eps));
 }
 
 // CPU. The four parts work on chunks [begin, end) and may run in several threads; what stands between them works on
@@ -150,6 +171,29 @@ namespace avx2 {
 LSGM_BN_SWISH_CPU_KERNELS
 }
 #undef LSGM_BN_SWISH_CPU_KERNELS
+
+// CUDA. The same four parts, each enqueued on `stream`:
+//
+//   statistics | apply,  backward_reduce | backward_apply
+//
+// statistics leaves mean, var and rstd of this process's elements, and apply reads mean and rstd; backward_reduce
+// leaves grad_weight and grad_bias, which backward_apply reads, with `count`: these are what processes exchange. Where
+// the statistics are the running ones, apply alone is forward, and backward_both is backward. Where channels are small,
+// forward and backward do two parts in one launch.
+namespace cuda {
+
+void plan(Problem& p);
+
+void statistics(const Problem& p, void* stream);
+void apply(const Problem& p, void* stream);
+void forward(const Problem& p, void* stream);
+
+void backward_reduce(const Problem& p, void* stream);
+void backward_apply(const Problem& p, void* stream);
+void backward_both(const Problem& p, void* stream);
+void backward(const Problem& p, void* stream);
+
+}  // namespace cuda
 
 }  // namespace bn_swish
 }  // namespace lsgm

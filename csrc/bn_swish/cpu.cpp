@@ -1,8 +1,6 @@
 // CPU kernels of bn_swish, compiled once per instruction set (LSGM_ISA; see common/cpu.h). No torch.
 #include "common/cpu.h"
 
-#include <cmath>
-
 #include "bn_swish/bn_swish.h"
 #include "common/math.h"
 #include "common/vector_loop.h"
@@ -509,21 +507,16 @@ bool by_channel(const Problem& p) {
   return p.order == Order::planes && p.channels >= kFewest;
 }
 
-static int64_t elements_of(const Problem& p, int64_t k) {
-  const Chunk c = chunk_at(p, k);
-  return c.samples * c.size;
-}
-
 void combine_moments(const Problem& p, int64_t begin, int64_t end) {
   const int64_t chunks = p.chunks.per_channel;
   // The outer loop runs over the chunks: channels are neighbours in memory, or (planes) few at a time.
   for (int64_t c = begin; c < end; ++c) p.moments[c] = {0, 0};
   for (int64_t k = 0; k < chunks; ++k) {
-    const double share = static_cast<double>(elements_of(p, k)) / static_cast<double>(p.batch * p.spatial);
+    const double share = static_cast<double>(chunk_elements(p, k)) / static_cast<double>(p.batch * p.spatial);
     for (int64_t c = begin; c < end; ++c) p.moments[c].mean += share * p.partials[partial_at(p, k, 0, c)];
   }
   for (int64_t k = 0; k < chunks; ++k) {
-    const double n = static_cast<double>(elements_of(p, k));
+    const double n = static_cast<double>(chunk_elements(p, k));
     for (int64_t c = begin; c < end; ++c) {
       const double distance = p.partials[partial_at(p, k, 0, c)] - p.moments[c].mean;
       p.moments[c].m2 += p.partials[partial_at(p, k, 1, c)] + n * distance * distance;
@@ -539,19 +532,7 @@ static void fill_table(const Problem& p, int64_t channel) {
 
 void normalise(const Problem& p, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) {
-    double variance;
-    if (p.batch_stats) {
-      // Rounding may leave M2 a little below 0.
-      const double m2 = p.moments[c].m2 < 0 ? 0 : p.moments[c].m2;
-      variance = m2 / p.count;
-      p.mean[c] = static_cast<float>(p.moments[c].mean);
-      p.var[c] = static_cast<float>(m2 / (p.count - 1));
-    } else {
-      variance = static_cast<double>(p.running_var[c]);
-      p.mean[c] = p.running_mean[c];
-      p.var[c] = p.running_var[c];
-    }
-    p.rstd[c] = static_cast<float>(1 / std::sqrt(variance + p.eps));
+    p.batch_stats ? store_moments(p, c, p.moments[c]) : store_running(p, c);
     fill_table(p, c);
   }
 }

@@ -1,6 +1,5 @@
-// Binds bn_swish to lsgm_fast::bn_swish_cpu and its backward operator. The schemas are defined in Python
-// (lsgm_fast/ops/bn_swish.py). There is no CUDA kernel.
-#if !defined(LSGM_CUDA)
+// Binds bn_swish to lsgm_fast::bn_swish_{cpu,cuda} and their backward operators. Compiled into both libraries, with
+// LSGM_CUDA defined in the CUDA one. The schemas are defined in Python (lsgm_fast/ops/bn_swish.py).
 #include <tuple>
 #include <vector>
 
@@ -36,9 +35,25 @@ Problem describe(const Tensor& x, const Tensor& weight, const Tensor& bias, bool
   STD_TORCH_CHECK(p.order != Order::unsupported,
       "x has strides ", strides_of(x), ": expected contiguous or channels_last");
   p.x = x.const_data_ptr();
-  cpu::plan(p);
   return p;
 }
+
+#if defined(LSGM_CUDA)
+
+// `launch` with a plan and memory for partial results, which comes from PyTorch's allocator, so that a CUDA graph can
+// own it.
+void run(Problem& p, const Tensor& x, void (*launch)(const Problem&, void*)) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  cuda::plan(p);
+  const Tensor partials = torch::stable::new_empty(x, {partial_count(p)}, ScalarType::Double);
+  p.partials = static_cast<double*>(partials.mutable_data_ptr());
+  launch(p, current_stream(x));
+}
+
+void run_forward(Problem& p, const Tensor& x) { run(p, x, &cuda::forward); }
+void run_backward(Problem& p, const Tensor& x) { run(p, x, &cuda::backward); }
+
+#else
 
 void in_threads(const Problem& p, void (*kernel)(const Problem&, int64_t, int64_t)) {
   torch::stable::parallel_for(
@@ -54,32 +69,18 @@ void channels_in_threads(const Problem& p, F&& f) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
-    const Tensor& running_mean, const Tensor& running_var, bool batch_stats, double eps, bool swish) {
-  Problem p = describe(x, weight, bias, batch_stats, swish);
-  p.eps = eps;
-  p.running_mean = per_channel(running_mean, "running_mean", x);
-  p.running_var = per_channel(running_var, "running_var", x);
-  Tensor y = torch::stable::empty_like(x);
-  Tensor mean = torch::stable::empty_like(weight);
-  Tensor var = torch::stable::empty_like(weight);
-  Tensor rstd = torch::stable::empty_like(weight);
-  STD_TORCH_CHECK(!batch_stats || p.batch * p.spatial > 1, "x has shape ", shape_of(x),
-      ": statistics of the batch need more than one element per channel");
-  p.mean = static_cast<float*>(mean.mutable_data_ptr());
-  p.var = static_cast<float*>(var.mutable_data_ptr());
-  p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+void run_forward(Problem& p, const Tensor&) {
+  if (elements(p) == 0) {
+    for (int64_t channel = 0; channel < p.channels; ++channel) store_running(p, channel);
+    return;
+  }
+  cpu::plan(p);
   channelwise::Table table((kTableRows * p.channels + 1) / 2);
   p.table = reinterpret_cast<float*>(table.data());
-  if (elements(p) == 0) {
-    cpu::normalise(p, 0, p.channels);
-    return {y, mean, var, rstd};
-  }
-  p.y = y.mutable_data_ptr();
-  if (!batch_stats) {
+  if (!p.batch_stats) {
     cpu::normalise(p, 0, p.channels);
     in_threads(p, &cpu::apply);
-    return {y, mean, var, rstd};
+    return;
   }
   channelwise::Table partials(partial_count(p));
   p.partials = partials.data();
@@ -99,6 +100,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
     cpu::normalise(p, 0, p.channels);
     in_threads(p, &cpu::apply);
   }
+}
+
+void run_backward(Problem& p, const Tensor&) {
+  cpu::plan(p);
+  channelwise::Table table((kTableRows * p.channels + 1) / 2);
+  p.table = reinterpret_cast<float*>(table.data());
+  channelwise::Table partials(partial_count(p));
+  p.partials = partials.data();
+  std::vector<Sums> sums(static_cast<size_t>(p.channels));
+  p.sums = sums.data();
+  cpu::restore(p, 0, p.channels);
+  if (!p.batch_stats) {
+    in_threads(p, &cpu::backward_both);
+    cpu::combine_sums(p, 0, p.channels);
+  } else if (cpu::by_channel(p)) {
+    channels_in_threads(p, [&p](int64_t channel) {
+      const int64_t begin = channel * p.chunks.per_channel, end = begin + p.chunks.per_channel;
+      cpu::backward_reduce(p, begin, end);
+      cpu::combine_sums(p, channel, channel + 1);
+      cpu::coefficients(p, channel, channel + 1);
+      cpu::backward_apply(p, begin, end);
+    });
+  } else {
+    in_threads(p, &cpu::backward_reduce);
+    cpu::combine_sums(p, 0, p.channels);
+    cpu::coefficients(p, 0, p.channels);
+    in_threads(p, &cpu::backward_apply);
+  }
+}
+
+#endif
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
+    const Tensor& running_mean, const Tensor& running_var, bool batch_stats, double eps, bool swish) {
+  Problem p = describe(x, weight, bias, batch_stats, swish);
+  p.eps = eps;
+  p.running_mean = per_channel(running_mean, "running_mean", x);
+  p.running_var = per_channel(running_var, "running_var", x);
+  Tensor y = torch::stable::empty_like(x);
+  Tensor mean = torch::stable::empty_like(weight);
+  Tensor var = torch::stable::empty_like(weight);
+  Tensor rstd = torch::stable::empty_like(weight);
+  STD_TORCH_CHECK(!batch_stats || p.batch * p.spatial > 1, "x has shape ", shape_of(x),
+      ": statistics of the batch need more than one element per channel");
+  p.mean = static_cast<float*>(mean.mutable_data_ptr());
+  p.var = static_cast<float*>(var.mutable_data_ptr());
+  p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  p.y = y.mutable_data_ptr();
+  if (p.channels > 0) run_forward(p, x);
   return {y, mean, var, rstd};
 }
 
@@ -125,30 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   p.grad_x = grad_x.mutable_data_ptr();
   p.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
   p.grad_bias = static_cast<float*>(grad_bias.mutable_data_ptr());
-  channelwise::Table table((kTableRows * p.channels + 1) / 2);
-  p.table = reinterpret_cast<float*>(table.data());
-  channelwise::Table partials(partial_count(p));
-  p.partials = partials.data();
-  std::vector<Sums> sums(static_cast<size_t>(p.channels));
-  p.sums = sums.data();
-  cpu::restore(p, 0, p.channels);
-  if (!batch_stats) {
-    in_threads(p, &cpu::backward_both);
-    cpu::combine_sums(p, 0, p.channels);
-  } else if (cpu::by_channel(p)) {
-    channels_in_threads(p, [&p](int64_t channel) {
-      const int64_t begin = channel * p.chunks.per_channel, end = begin + p.chunks.per_channel;
-      cpu::backward_reduce(p, begin, end);
-      cpu::combine_sums(p, channel, channel + 1);
-      cpu::coefficients(p, channel, channel + 1);
-      cpu::backward_apply(p, begin, end);
-    });
-  } else {
-    in_threads(p, &cpu::backward_reduce);
-    cpu::combine_sums(p, 0, p.channels);
-    cpu::coefficients(p, 0, p.channels);
-    in_threads(p, &cpu::backward_apply);
-  }
+  run_backward(p, x);
   return {grad_x, grad_weight, grad_bias};
 }
 
@@ -156,6 +183,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
 }  // namespace bn_swish
 }  // namespace lsgm
 
+#if defined(LSGM_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CUDA, m) {
+  m.impl("bn_swish_cuda", TORCH_BOX(&lsgm::bn_swish::forward));
+  m.impl("bn_swish_cuda_backward", TORCH_BOX(&lsgm::bn_swish::backward));
+}
+#else
 STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CPU, m) {
   m.impl("bn_swish_cpu", TORCH_BOX(&lsgm::bn_swish::forward));
   m.impl("bn_swish_cpu_backward", TORCH_BOX(&lsgm::bn_swish::backward));

@@ -174,7 +174,7 @@ fused.register(
     # The fourth is 1 / sqrt(var + eps), for backward.
     finish=lambda results: results[:3],
     reasons=_reasons,
-    priorities={"cpu": 30},
+    priorities={"cpu": 30, "cuda": 30, "triton": 20},
     auto_reasons={"cpu": _slower},
     backward=fused.Backward(
         schema="(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool batch_stats, "
