@@ -10,8 +10,13 @@ from lsgm_fast.testing.inputs import F32, Call, Draw, OpSamples, Shape
 
 SHAPES: dict[str, Shape] = {
     "cifar10 cell": (128, 16, 16),
+    "cifar10 outer cell": (128, 32, 32),
+    "cifar10-nll cell": (512, 8, 8),
     "celebahq256 cell": (64, 64, 64),
+    "celebahq256 middle cell": (128, 32, 32),
     "celebahq256 deep cell": (256, 16, 16),
+    "mnist cell": (256, 8, 8),
+    "demo cell": (64, 4, 4),
 }
 AWKWARD: tuple[Shape, ...] = (
     (1, 1, 1, 1),
@@ -20,6 +25,9 @@ AWKWARD: tuple[Shape, ...] = (
     (2, 17, 1, 1),
     (5, 1, 33, 31),
     (1, 3, 1, 1031),
+    (2, 70, 3, 3),
+    (1, 136, 8, 8),
+    (2, 2, 64, 129),
     (0, 4, 3, 3),
 )
 
