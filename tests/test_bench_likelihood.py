@@ -30,6 +30,7 @@ def test_a_record(
     np.savez(tmp_path / "images.npz", images=images)
     monkeypatch.setattr(likelihood, "PUBLISHED_TOL", 0.1)
     monkeypatch.setattr(likelihood, "FIXED", ((0.1, 1), (0.3, 1), (0.3, 2)))
+    monkeypatch.setattr(likelihood, "FRESH", ((0.3, 1),))
     monkeypatch.setattr(
         likelihood, "DataConfig", lambda source: lsgm_fast.data.DataConfig(source, held_out=4)
     )
@@ -45,7 +46,7 @@ def test_a_record(
     base = cases[0]["figures"]
     for case in cases:
         p, f = case["parameters"], case["figures"]
-        assert len(f["evaluations"]["values"]) == (3 if p["procedure"] == "fixed" else 2)
+        assert len(f["evaluations"]["values"]) == (2 if p["procedure"] == "published" else 3)
         ratio = np.mean(f["evaluations"]["values"]) / np.mean(base["evaluations"]["values"])
         ratio *= (f["spread"]["median"] / base["spread"]["median"]) ** 2
         assert f["relative_cost"]["value"] == pytest.approx(ratio)

@@ -527,22 +527,28 @@ def test_the_probes_options_reach_the_trace(monkeypatch):
     from lsgm_fast.evaluation import nelbo
 
     seen = []
+    chosen = {"solver", "probe", "probes", "fresh_probes", "trace_in_control"}
     original = nelbo.log_prior
 
     def recorded(term, z0, **options):
-        seen.append({name: options[name] for name in ("probe", "probes", "fresh_probes")})
+        seen.append({name: value for name, value in options.items() if name in chosen})
         return original(term, z0, **options)
 
     monkeypatch.setattr(nelbo, "log_prior", recorded)
     model = model_of(Prior(), sampling=SamplingConfig(ode_eps=1e-2, tol=1e-2))
-    chosen = {"probe": "gaussian", "probes": 3, "fresh_probes": True}
-    report = evaluate_nelbo(model, [binary_images(2)], method="ode", **chosen)
-    fixed = evaluate_nelbo(model, [binary_images(2)], method="ode")
-    assert seen == [chosen, {"probe": "rademacher", "probes": 1, "fresh_probes": False}]
-    assert (report.probe, report.probes, report.fresh_probes) == ("gaussian", 3, True)
-    assert (fixed.probe, fixed.probes, fixed.fresh_probes) == ("rademacher", 1, False)
+    for trace, probes in (("published", 3), ("fixed", 2), ("fresh", 1)):
+        options = {} if trace == "fresh" else {"trace": trace, "probes": probes}  # the default
+        report = evaluate_nelbo(model, [binary_images(2)], method="ode", **options)
+        assert (report.trace, report.probes) == (trace, probes)
+    assert seen == [
+        {"solver": "rk45", "probe": "gaussian", "probes": 3, "fresh_probes": True},
+        {"solver": "rk45", "probes": 2},
+        {"solver": "rk23", "probes": 1, "fresh_probes": True, "trace_in_control": False},
+    ]
     none = evaluate_nelbo(model, [binary_images(2)])
-    assert (none.probe, none.probes, none.fresh_probes) == (None, None, None)
+    assert (none.trace, none.probes) == (None, None)
+    with pytest.raises(ValueError, match="unknown trace 'fersh'.*did you mean 'fresh'"):
+        evaluate_nelbo(model, [binary_images(2)], method="ode", trace="fersh")
 
 
 @pytest.mark.parametrize("name", SDES)
@@ -762,10 +768,10 @@ def test_the_command_with_probes_and_other_data(command, tmp_path):
     ]
     record = json.loads((tmp_path / "a.json").read_text())
     report = record["reports"]["score"]
-    assert (report["probes"], report["probe"], report["fresh_probes"]) == (2, "rademacher", False)
+    assert (report["probes"], report["trace"]) == (2, "fresh")
     assert report["probe_std"] > 0.0
     assert re.search(rf"spread of the probes *│ *{report['probe_std']:.2f} ", result.out)
-    assert "1 draw(s) per image, 2 rademacher probe(s), NFE" in result.out
+    assert "1 draw(s) per image, 2 fresh probe(s), NFE" in result.out
     other = record["outside"]
     assert other["data"]["source"] == "other" and other["reports"]["score"]["images"] == 3
     # The same images in both.
@@ -773,10 +779,12 @@ def test_the_command_with_probes_and_other_data(command, tmp_path):
     error = other["out_of_distribution"]["score"]["standard_error"]
     assert f"score: other, 3 images, NELBO {report['nelbo']['mean']:.2f}; " in result.out
     assert f"the larger of a pair with probability 0.5000 +- {error:.4f}" in result.out
-    fresh = command(*ode, "--fresh-probes", "--json")
-    report = json.loads(fresh.out)["reports"]["score"]
-    assert (report["probes"], report["probe"], report["fresh_probes"]) == (1, "gaussian", True)
-    assert json.loads(fresh.out)["outside"] is None
+    published = json.loads(command(*ode, "--trace", "published", "--json").out)
+    assert (published["reports"]["score"]["probes"], published["reports"]["score"]["trace"]) == (
+        1,
+        "published",
+    )
+    assert published["outside"] is None
 
 
 @pytest.mark.parametrize(
@@ -791,7 +799,11 @@ def test_the_command_with_probes_and_other_data(command, tmp_path):
         (("vae.safetensors", "--prior", "both"), "only a VAE"),
         (("model.safetensors", "--out", "."), "cannot write .: it is a folder"),
         (("model.safetensors", "--probes", 2), "--probes is of .*density: add --method ode"),
-        (("model.safetensors", "--fresh-probes"), "--fresh-probes is of .*density: add --method ode"),
+        (("model.safetensors", "--trace", "fixed"), "--trace is of .*density: add --method ode"),
+        (
+            ("model.safetensors", "--method", "ode", "--trace", "fixd"),
+            "unknown trace 'fixd'.*did you mean 'fixed'",
+        ),
         (
             ("model.safetensors", "--measure-probes", "--method", "ode", "--prior", "normal"),
             "--measure-probes .* leave --prior normal out",

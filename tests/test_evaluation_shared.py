@@ -59,9 +59,9 @@ def _report(kind: str, size: int, shared: bool = True, **options: Any) -> dict[s
     [
         ("prior", {}),
         ("mixing", {"method": "ode", "measure_probes": True, "probes": 2}),
-        ("mixing", {"method": "ode", "probe": "gaussian", "fresh_probes": True, "limit": 5}),
+        ("mixing", {"method": "ode", "trace": "published", "limit": 5}),
     ],
-    ids=["diffusion", "ode", "fresh"],
+    ids=["diffusion", "ode", "published"],
 )
 def test_two_processes_give_the_report_of_one(
     pair: Pair, kind: str, size: int, options: dict[str, Any], one_thread: None

@@ -220,6 +220,25 @@ def test_several_probes_average_single_ones():
     assert (single[0] - single[1]).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize("solver", ["rk23", "rk45"])
+def test_fresh_probes_out_of_the_step_control(solver):
+    """Steps are those of the exact trace, whatever the probes are; the mean is right, and the spread smaller."""
+    term, n = _network_term(), 300
+    z0 = _latents(1).expand(n, -1, -1, -1)
+    options = {"t_start": 0.1, "rtol": 1e-4, "atol": 1e-4, "solver": solver, "trace_in_control": False}
+    exact, steps = log_prior(term, z0[:1], exact_trace=True, **options)
+    fixed, _ = log_prior(term, z0, **options)
+    fresh, solution = log_prior(term, z0, fresh_probes=True, **options)
+    # To rounding: the error norm is the mean over another number of samples.
+    assert [s.h for s in solution.steps] == pytest.approx([s.h for s in steps.steps], rel=1e-9)
+    for log_p in (fixed, fresh):
+        assert abs(float(log_p.mean() - exact)) < 4 * float(log_p.std()) / math.sqrt(n) + 1e-3
+    assert 0.0 < float(fresh.std()) < 0.7 * float(fixed.std())
+    # Where the probes take no part, leaving the determinant out changes no more than the tolerance allows.
+    whole, _ = log_prior(term, z0[:1], exact_trace=True, **{**options, "trace_in_control": True})
+    torch.testing.assert_close(exact, whole, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", SDES)
 def test_the_mean_of_fresh_probes_is_the_closed_form(name):
     """On Gaussian data, within four standard errors of 400 samples; the errors average out along t."""

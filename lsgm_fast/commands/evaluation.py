@@ -67,13 +67,13 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="With --method ode: probes of the trace, averaged. Default: 1."),
     ] = None,
-    fresh_probes: Annotated[
-        bool,
+    trace: Annotated[
+        str | None,
         typer.Option(
-            "--fresh-probes",
-            help="With --method ode: new normal probes at every evaluation, as the published figures. Slow.",
+            help="With --method ode: fresh (new probes at every evaluation), fixed (the same for a solve) or published "
+            "(new normal ones that also steer the step size; slow). Default: fresh."
         ),
-    ] = False,
+    ] = None,
     measure_probes: Annotated[
         bool,
         typer.Option(
@@ -146,7 +146,7 @@ def evaluate(
         method=method,
         draws=draws,
         probes=probes,
-        fresh_probes=fresh_probes,
+        trace=trace,
         measure_probes=measure_probes,
         likelihood=likelihood,
         quality=quality,
@@ -179,7 +179,7 @@ class _Settings:
     method: str
     draws: int
     probes: int | None
-    fresh_probes: bool
+    trace: str | None
     measure_probes: bool
     likelihood: bool
     quality: bool
@@ -194,13 +194,15 @@ class _Settings:
         """Raise a ValueError or OSError for what can be told before anything is loaded."""
         from lsgm_fast import images
         from lsgm_fast.errors import unknown_name
-        from lsgm_fast.evaluation import METHODS
+        from lsgm_fast.evaluation import METHODS, TRACES
         from lsgm_fast.models.lsgm import PRIORS
 
         if self.prior not in (None, "both", *PRIORS):
             raise unknown_name("prior", self.prior, (*PRIORS, "both"))
         if self.method not in METHODS:
             raise unknown_name("method", self.method, METHODS)
+        if self.trace is not None and self.trace not in TRACES:
+            raise unknown_name("trace", self.trace, TRACES)
         if self.prior == "both" and self.compare is not None:
             raise ValueError("--prior both and --compare are two comparisons: give one of them")
         if not self.likelihood and not self.quality:
@@ -222,7 +224,7 @@ class _Settings:
         """Which options of the trace's probes were given."""
         return {
             "--probes": self.probes is not None,
-            "--fresh-probes": self.fresh_probes,
+            "--trace": self.trace is not None,
             "--measure-probes": self.measure_probes,
         }
 
@@ -351,9 +353,8 @@ def _reports(
                 draws=settings.draws,
                 seed=settings.seed,
                 tol=variant.options.get("tol") if settings.method == "ode" else None,
-                probe="gaussian" if settings.fresh_probes else "rademacher",
+                trace=settings.trace or "fresh",
                 probes=settings.probes or 1,
-                fresh_probes=settings.fresh_probes,
                 measure_probes=settings.measure_probes,
                 shared=True,
                 progress=progress,
@@ -500,7 +501,7 @@ def _print_evaluation(
     for heading, report in zip(headings, values, strict=True):
         probes = ""
         if report.probes is not None:
-            probes = f", {report.probes}{' new' if report.fresh_probes else ''} {report.probe} probe(s)"
+            probes = f", {report.probes} {report.trace} probe(s)"
         typer.echo(
             f"{heading}: {report.draws} draw(s) per image{probes}, NFE {report.nfe:.4g}, {report.seconds:.1f} s"
         )

@@ -19,6 +19,7 @@ from lsgm_fast.evaluation.features import (
 )
 from lsgm_fast.evaluation.nelbo import (
     METHODS,
+    TRACES,
     Estimate,
     NelboReport,
     PairedDifference,
@@ -40,6 +41,7 @@ from lsgm_fast.evaluation.quality import (
 __all__ = [
     "METHODS",
     "METRICS",
+    "TRACES",
     "Classifier",
     "ClassifierConfig",
     "Estimate",

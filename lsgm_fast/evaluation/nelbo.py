@@ -30,6 +30,18 @@ from lsgm_fast.sampling import bits_per_dim, log_prior, supports_float64
 METHODS = ("diffusion", "ode")
 """Names of the estimates of the score-based prior's part that ``evaluate_nelbo`` accepts."""
 
+TRACES: dict[str, dict[str, Any]] = {
+    "fresh": {"solver": "rk23", "fresh_probes": True, "trace_in_control": False},
+    "fixed": {"solver": "rk45"},
+    "published": {"solver": "rk45", "probe": "gaussian", "fresh_probes": True},
+}
+"""How the ODE's log-determinant is estimated, as options of :func:`~lsgm_fast.sampling.log_prior`.
+
+``fresh``: new Rademacher probes at every evaluation, kept out of the step control. RK23, because its weights are nearly
+even, so that their errors average out better than with those of RK45. ``fixed``: the same Rademacher probes for a whole
+solve. ``published``: new normal probes at every evaluation, in the step control.
+"""
+
 # Odd, so that distinct draws have distinct seeds.
 _SEED_STEP = 0x9E3779B97F4A7C15
 
@@ -61,7 +73,7 @@ class NelboReport:
             lowest-resolution scale with its prior, and of the other scales with N(0, I).
         kl: ``nelbo - reconstruction``. kl_scales: its parts by scale, from the lowest resolution up. kl_groups: by
             group in decoder order, None for ``"ode"``, whose density does not split.
-        probe, probes, fresh_probes: of the trace, as given; None unless ``"ode"``.
+        trace, probes: of the ODE's log-determinant, as given; None unless ``"ode"``.
         t_start: the time at which the score-based prior was evaluated (``time_eps`` or ``ode_eps``), else None.
         tol: of the ODE solver, else None. nfe: evaluations of the score network for each draw of an image, averaged.
         draw_std: standard deviation of the bound between draws of one image (root mean square over images), None for
@@ -89,9 +101,8 @@ class NelboReport:
     kl: Estimate
     kl_scales: tuple[Estimate, ...]
     kl_groups: tuple[Estimate, ...] | None
-    probe: str | None
+    trace: str | None
     probes: int | None
-    fresh_probes: bool | None
     t_start: float | None
     tol: float | None
     nfe: float
@@ -155,18 +166,18 @@ def evaluate_nelbo(
     limit: int | None = None,
     time_eps: float | None = None,
     tol: float | None = None,
-    probe: str = "rademacher",
+    trace: str = "fresh",
     probes: int = 1,
-    fresh_probes: bool = False,
     measure_probes: bool = False,
     shared: bool = False,
     progress: bool = False,
 ) -> NelboReport:
     """The negative evidence lower bound of a data set.
 
-    The draws of an image depend on the seed and its position alone: neither on the batch size (the ODE's tolerance
-    apart, where one step size serves a batch) nor on the prior. Runs without gradients and with running BatchNorm
-    statistics; the modules' training modes are put back afterwards.
+    The draws of an image depend on the seed and its position alone, neither on the batch size nor on the prior. (With
+    the ODE, one step size serves a batch: an image depends on the others within the tolerance, and where every
+    evaluation draws new probes, by as much as they differ, ``probe_std``.) Runs without gradients and with running
+    BatchNorm statistics; the modules' training modes are put back afterwards.
 
     Args:
         model: with an NVAE.
@@ -182,10 +193,8 @@ def evaluate_nelbo(
         seed: 0 to 2^64 - 1. limit: stop after this many images; None: all.
         time_eps: where the integral over time starts; None: the SDE's. For ``"diffusion"``.
         tol: rtol and atol of the solver; None: the recipe's. For ``"ode"``.
-        probes: of the trace, per solve, averaged. probe, fresh_probes: which, and whether every evaluation of the
-            network draws new ones, as for :func:`~lsgm_fast.sampling.log_prior`; the published figures are of
-            ``probe="gaussian", fresh_probes=True``. measure_probes: solve the first draw a second time with other
-            probes, for ``probe_std``. For ``"ode"``.
+        trace: one of :data:`TRACES`. probes: of the trace, averaged. measure_probes: solve the first draw a second time
+            with other probes, for ``probe_std``. For ``"ode"``.
         shared: every process of the group calls this with the same arguments, and they take turns with whole batches:
             process r computes the batches r, r + world size, ... Every image's numbers are those of one process, with
             the ODE too, and every process returns the report of all images. More processes than batches leave some
@@ -209,8 +218,9 @@ def evaluate_nelbo(
         prior = "normal" if model.prior is None else "score"
     if tol is None:
         tol = model.sampling.tol
-    trace = {"probe": probe, "probes": probes, "fresh_probes": fresh_probes}
-    bound = _Bound(model, model.vae, prior, method, draws, seed, time_eps, tol, trace, measure_probes)
+    if trace not in TRACES:
+        raise unknown_name("trace", trace, TRACES)
+    bound = _Bound(model, model.vae, prior, method, draws, seed, time_eps, tol, trace, probes, measure_probes)
     training = [module for module in model.modules() if module.training]
     stream = _placed(_limited(batches, limit))
     parts: list[_Part] = []
@@ -277,7 +287,8 @@ class _Bound:
         seed: int,
         time_eps: float | None,
         tol: float,
-        trace: dict[str, Any],
+        trace: str,
+        probes: int,
         measure_probes: bool,
     ) -> None:
         self.model = model
@@ -289,6 +300,7 @@ class _Bound:
         self.time_eps = model.sde.time_eps if time_eps is None else time_eps
         self.tol = tol
         self.trace = trace
+        self.probes = probes
         self.measure_probes = measure_probes and self.method == "ode"
         # Of the batch under way.
         self.probe_squares: Tensor | None = None
@@ -357,7 +369,8 @@ class _Bound:
             t_start=model.sampling.ode_eps,
             rtol=self.tol,
             atol=self.tol,
-            **self.trace,
+            probes=self.probes,
+            **TRACES[self.trace],
             seed=(self.seed + k * _SEED_STEP) % 2**64,
             first_index=first,
             state_dtype=torch.float64 if supports_float64(z0.device) else torch.float32,
@@ -390,9 +403,8 @@ class _Bound:
             importance_weighted=self._importance_weighted(values[:, :, 0]),
             # The difference of two estimates has twice the variance of one.
             probe_std=float((torch.cat(squares).mean() / 2.0).sqrt()) if squares else None,
-            probe=self.trace["probe"] if self.method == "ode" else None,
-            probes=self.trace["probes"] if self.method == "ode" else None,
-            fresh_probes=self.trace["fresh_probes"] if self.method == "ode" else None,
+            trace=self.trace if self.method == "ode" else None,
+            probes=self.probes if self.method == "ode" else None,
             draw_std=float(values[:, :, 0].var(dim=1).mean().sqrt()) if self.draws > 1 else None,
             seconds=seconds,
             values=mean[:, 0].clone(),

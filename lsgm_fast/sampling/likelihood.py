@@ -85,6 +85,7 @@ def log_prior(
     probe: str = "rademacher",
     probes: int = 1,
     fresh_probes: bool = False,
+    trace_in_control: bool = True,
     exact_trace: bool = False,
     seed: int = 0,
     first_index: int = 0,
@@ -120,10 +121,13 @@ def log_prior(
         rtol, atol, solver, callback, max_steps: as for :func:`~lsgm_fast.sampling.solve_ode`.
         probe: ``"rademacher"`` (entries of 1 or -1; exact for a diagonal Jacobian, and of the lowest variance among
             independent entries) or ``"gaussian"`` (the published choice). probes: how many per sample.
-        fresh_probes: new probes at every evaluation of the right-hand side, as in the published procedure, in place of
-            the same ones all along. Their errors average out along t, but an adaptive solver takes the noise for
-            curvature: it makes smaller steps, and tolerances that it would else meet may be out of reach. Evaluations
-            are numbered in a solve, so with these a sample depends on its batch by as much as on its probes.
+        fresh_probes: new probes at every evaluation of the right-hand side in place of the same ones all along: their
+            errors average out along t. Evaluations are numbered in a solve, so with these a sample depends on its batch
+            by as much as on its probes.
+        trace_in_control: False: in the step control the log-determinant of normal data, whose trace is known, stands in
+            for the estimated one: it varies on the same scales of time and has no noise. An adaptive solver otherwise
+            takes the noise of fresh probes for curvature, makes far smaller steps, and may fail to meet tolerances.
+            The published procedure does that (with ``probe="gaussian"``).
         exact_trace: no probes but one vector-Jacobian product for each of the D elements of a sample.
         seed, first_index: of the probes' draws; the i-th sample has index ``first_index + i``.
         probe_fn: ``probe_fn(k)`` gives the k-th probe (B, C, ...) in place of draws; mean 0, variance 1, independent.
@@ -172,10 +176,17 @@ def log_prior(
             stamps = torch.tensor(t, dtype=state_dtype).to(z.device).expand(batch)
             eps, divergence = trace(term, state, stamps)
             dz = ops.score_drift(eps, state, term.mixing_logit, p, q, r)
-            return torch.cat((dz.flatten(), q.to(state_dtype) * divergence))
+            parts = [dz.flatten(), unit * q.to(state_dtype) * divergence]
+            if not trace_in_control:
+                parts.append((q * r * of_normal_data).to(state_dtype).to(z.device).expand(batch))
+            return torch.cat(parts)
 
+        # Scaling by a power of two is exact, and by one so small the error norm does not see it.
+        unit = 1.0 if trace_in_control else 2.0**-60
+        # Of normal data e = r z, so the trace of a q de/dz is q r times the sum of a.
+        of_normal_data = float(a.expand_as(z[:1]).sum())
         # Flat, so that the part which is z needs no copy to be dense; the traces lie behind.
-        start = torch.cat((z.flatten(), z.new_zeros(batch)))
+        start = torch.cat((z.flatten(), z.new_zeros(batch if trace_in_control else 2 * batch)))
         solution = solve_ode(
             drift,
             start,
@@ -188,7 +199,7 @@ def log_prior(
             callback=callback,
             max_steps=max_steps,
         )
-        end, network = solution.z[: z.numel()].view_as(z), solution.z[z.numel() :]
+        end, network = solution.z[: z.numel()].view_as(z), solution.z[z.numel() : z.numel() + batch] / unit
         linear = float(linear_log_det(term.sde, a.double().cpu(), t_start, t_end).mean()) * elements
         std = term.sde.prior_std
         log_normal = -0.5 * (end.flatten(1) / std).square().sum(dim=1) - elements * (
