@@ -15,7 +15,6 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +80,34 @@ class Judge:
 
 
 def case(variant: dict[str, Any], report: QualityReport, nfe: int, baseline: QualityReport) -> dict[str, Any]:
-    """A record's case: the figures, and their differences to the baseline with intervals."""
-    differences = evaluation.compare_quality(report, baseline)
+    """A record's case: ``evaluations``, every figure, its ``_difference`` to the baseline, and both's ``_interval``."""
+    figures = {"evaluations": measure.measured([nfe], "evaluations")}
     values = {name: getattr(report, name) for name in METRICS if getattr(report, name) is not None}
+    differences = evaluation.compare_quality(report, baseline)
+    for suffix, intervals in (("", values), ("_difference", differences)):
+        for name, interval in intervals.items():
+            figures[name + suffix] = measure.measured([interval.value], "1")
+            figures[f"{name}{suffix}_interval"] = (
+                measure.not_measured("it has no interval")
+                if interval.low is None or interval.high is None
+                else measure.measured([interval.low, interval.high], "1")
+            )
     return {
         "parameters": {**variant, "samples": report.samples, "reference": report.reference},
         "backends": {},
         "failures": [],
-        "figures": {
-            "evaluations": measure.measured([nfe], "evaluations"),
-            **{name: measure.measured([interval.value], "1") for name, interval in values.items()},
-        },
-        "intervals": {name: asdict(interval) for name, interval in values.items()},
-        "differences": {name: asdict(interval) for name, interval in differences.items()},
-        "differs": [
-            name
-            for name, d in differences.items()
-            if d.low is not None and d.high is not None and (d.low > 0.0 or d.high < 0.0)
-        ],
+        "figures": figures,
     }
+
+
+def differs(case: dict[str, Any]) -> list[str]:
+    """The figures whose difference to the baseline has an interval that leaves 0 out."""
+    found = []
+    for name in METRICS:
+        low, high = case["figures"].get(f"{name}_difference_interval", {}).get("values", (0.0, 0.0))
+        if low > 0.0 or high < 0.0:
+            found.append(name)
+    return found
 
 
 HEAD = (
@@ -110,16 +118,20 @@ HEAD = (
 
 def row(case: dict[str, Any]) -> str:
     """One line of the Markdown table that :data:`HEAD` begins."""
+    figures = case["figures"]
+
+    def value(name: str) -> str:
+        return f"{figures[name]['values'][0]:.4g}" if name in figures else ""
 
     def difference(name: str) -> str:
-        d = case["differences"].get(name)
-        return "" if d is None else f"{d['value']:+.2g} [{d['low']:.2g}, {d['high']:.2g}]"
+        if f"{name}_difference" not in figures:
+            return ""
+        low, high = figures[f"{name}_difference_interval"]["values"]
+        return f"{figures[f'{name}_difference']['values'][0]:+.2g} [{low:.2g}, {high:.2g}]"
 
-    figures = {n: f"{f['median']:.4g}" for n, f in case["figures"].items()}
     return (
-        f"| {describe(case['parameters'])} | {figures['evaluations']} | {figures['frechet']} | "
-        f"{difference('frechet')} | {figures.get('confidence', '')} | {difference('confidence')} | "
-        f"{', '.join(case['differs'])} |"
+        f"| {describe(case['parameters'])} | {value('evaluations')} | {value('frechet')} | {difference('frechet')} | "
+        f"{value('confidence')} | {difference('confidence')} | {', '.join(differs(case))} |"
     )
 
 
@@ -129,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo", help="a checkpoint, or `demo`; default: %(default)s")
     parser.add_argument("--data", default="digits", help="as for `lsgm-fast evaluate`; default: %(default)s")
+    parser.add_argument("--held-out", type=int, help="images held out where the data have no test split")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -142,7 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Nothing is timed here, so the machine need not be idle.
     watch = measure.Watch(force=True, sample_seconds=0.1)
     model = lsgm_fast.load(options.model, device=options.device).eval()
-    judge = Judge(model, DataConfig(options.data), options.samples, options.seed, options.device)
+    data = DataConfig(options.data)
+    if options.held_out is not None:
+        data = data.replace(held_out=options.held_out)
+    judge = Judge(model, data, options.samples, options.seed, options.device)
     print("\n".join(HEAD), flush=True)
     cases: list[dict[str, Any]] = []
     baseline = None
