@@ -45,12 +45,14 @@ def test_every_sample(target):
     assert ran > 40
 
 
-def layers(x, skip, convs, biases, norms, gate, stride, up):
+def layers(x, skip, convs, biases, norms, gate, stride, up, batch_stats):
     """The same from PyTorch's functions alone, in float64."""
 
     def norm(x, i):
         weight, bias, mean, var = norms[4 * i : 4 * i + 4]
-        return F.batch_norm(x, mean, var, weight, bias, eps=1e-5)
+        if batch_stats:
+            mean = var = None
+        return F.batch_norm(x, mean, var, weight, bias, training=batch_stats, eps=1e-5)
 
     if len(convs) == 3:
         x = F.interpolate(x, scale_factor=2, mode="nearest") if up else x
@@ -71,10 +73,11 @@ def layers(x, skip, convs, biases, norms, gate, stride, up):
 @pytest.mark.parametrize(
     "options", [{}, {"stride": 2, "out": 8}, {"up": True, "out": 3}, {"squeeze_excite": False}]
 )
+@pytest.mark.parametrize("batch_stats", [False, True])
 @pytest.mark.parametrize("branch", ["mconv", "bnswish"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_layer_by_layer(backend, branch, options):
-    args = call("layers", branch=branch, **options)
+def test_layer_by_layer(backend, branch, batch_stats, options):
+    args = call("layers", branch=branch, batch_stats=batch_stats, **options)
     double = pytree.tree_map_only(torch.Tensor, torch.Tensor.double, args)
     torch.testing.assert_close(
         ops.nvae_cell(*args, backend=backend).double(), layers(*double), rtol=2e-5, atol=2e-5
@@ -192,8 +195,8 @@ def test_compiled_without_graph_breaks(branch):
         (lambda a: (*a[:4], a[4][:7], *a[5:]), "4 normalisations, got 7"),
         (lambda a: (*a[:3], a[4][:1], *a[4:]), "got 1 biases"),
         (lambda a: (*a[:5], a[5][:3], *a[6:]), "4 tensors or none, got 3"),
-        (lambda a: (*a[:6], 2, True), "1 with up, got 2"),
-        (lambda a: (*a[:6], 3, False), "1 or 2, and 1 with up, got 3"),
+        (lambda a: (*a[:6], 2, True, False), "1 with up, got 2"),
+        (lambda a: (*a[:6], 3, False, False), "1 or 2, and 1 with up, got 3"),
         (lambda a: (a[0][:, :4], *a[1:]), "first convolution"),
         (lambda a: (a[0], a[1][:, :, :4], *a[2:]), r"skip has shape \(2, 6, 4, 7\), expected \(2, 6, 5, 7\)"),
     ],
@@ -203,8 +206,9 @@ def test_wrong_arguments(wrong, message):
         ops.nvae_cell(*wrong(call("wrong")))
 
 
+@pytest.mark.parametrize("batch_stats", [False, True])
 @pytest.mark.parametrize("preset", ["tiny-binary", "tiny-rgb", "tiny-digits14"])
-def test_decoding_and_encoding(preset):
+def test_decoding_and_encoding(preset, batch_stats):
     """A whole VAE, encoder and decoder, against its layers in float64."""
     vae = trained(lsgm_fast.build(preset).vae).eval()
     draw = Draw("cpu", 0, preset)
@@ -213,14 +217,14 @@ def test_decoding_and_encoding(preset):
         2, vae.config.image_channels, vae.config.image_size, vae.config.image_size, low=-1.0, high=1.0
     )
     with torch.no_grad(), record() as log:
-        logits, groups = vae(x, noise)
+        logits, groups = vae(x, noise, batch_stats=batch_stats)
     assert (
         log.counts[NAME, "cpu"] == sum(isinstance(m, Cell) for m in vae.modules())
         and log.counts[NAME, "reference"] == 0
     )
     vae = vae.double()
     with torch.no_grad(), use_backend("reference"):
-        expected, true = vae(x.double(), [n.double() for n in noise])
+        expected, true = vae(x.double(), [n.double() for n in noise], batch_stats=batch_stats)
     scale = float(expected.abs().max())
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=2e-5 * scale)
     for a, b in zip(groups, true, strict=True):

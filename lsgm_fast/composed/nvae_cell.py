@@ -14,7 +14,8 @@ Two things are done differently from the layers in order, with the same result u
 - Where the expanded tensor of an ``mconv`` cell would not stay in the cache, expansion, depthwise convolution and
   projection go through slices of its channels, and the projections add up.
 
-Folding is done in every call: it touches the weights alone, and a copy that is kept could become a wrong one.
+Folding is done in every call: it touches the weights alone, and a copy that is kept could become a wrong one. The
+statistics of a batch leave nothing to fold: then the order in memory and the upsampling are what is gained.
 """
 
 from __future__ import annotations
@@ -47,17 +48,18 @@ def forward(
     squeeze_excite: Sequence[torch.Tensor],
     stride: int = 1,
     up: bool = False,
+    batch_stats: bool = False,
     eps: float = 1e-5,
     scale: float = 0.1,
 ) -> torch.Tensor:
     """Arguments and result as of :func:`lsgm_fast.ops.nvae_cell`; the result lies in channels_last."""
-    affines = [_affine(norms[i : i + 4], eps) for i in range(0, len(norms), 4)]
     x = x.contiguous(memory_format=torch.channels_last)
     skip = skip.contiguous(memory_format=torch.channels_last)
-    if len(convs) == 3:
-        y = _mconv(x, convs, affines, stride, up)
+    if batch_stats:
+        branch = _mconv_of_batch if len(convs) == 3 else _bnswish_of_batch
     else:
-        y = _bnswish(x, convs, biases, affines, norms[:4], stride, up, eps)
+        branch = _mconv if len(convs) == 3 else _bnswish
+    y = branch(x, convs, biases, norms, stride, up, eps)
     if squeeze_excite:
         reduce, reduce_bias, expand, expand_bias = squeeze_excite
         return lsgm_fast.ops.se_residual(skip, y, reduce, reduce_bias, expand, expand_bias, scale)
@@ -84,11 +86,13 @@ def phase_kernels(weight: torch.Tensor) -> torch.Tensor:
 def _mconv(
     x: torch.Tensor,
     convs: Sequence[torch.Tensor],
-    affines: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    biases: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor],
     stride: int,
     up: bool,
+    eps: float,
 ) -> torch.Tensor:
-    (s0, t0), (s1, t1), (s2, t2), (s3, t3) = affines
+    (s0, t0), (s1, t1), (s2, t2), (s3, t3) = (_affine(norms[i : i + 4], eps) for i in range(0, 16, 4))
     matrix = convs[0][:, :, 0, 0]
     # As a sum: a matrix product rounds differently with where its operands lie in memory.
     expand_bias = torch.addcmul(t1, s1, (matrix * t0).sum(dim=1))
@@ -127,29 +131,82 @@ def _bnswish(
     x: torch.Tensor,
     convs: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
-    affines: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    norm: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor],
     stride: int,
     up: bool,
     eps: float,
 ) -> torch.Tensor:
-    factor, shift = affines[1]
+    factor, shift = _affine(norms[4:], eps)
     first = factor[:, None, None, None] * convs[0]
     if len(biases) == 2:
         shift = torch.addcmul(shift, factor, biases[0])
-    weight, bias, mean, var = norm
+    weight, bias, mean, var = norms[:4]
     x = lsgm_fast.ops.bn_swish(x, weight, bias, mean, var, False, eps)[0]
-    if up:
-        height, width = x.shape[2:]
-        # All four phases at once. With padding 1, row t of the result is at t - 1 and t of x.
-        kernels = phase_kernels(first).flatten(0, 2)
-        phases = _conv(x, kernels, shift.repeat(4), padding=1, swish=True).chunk(4, dim=1)
-        inner = _interleave(
-            [y[:, :, i // 2 : i // 2 + height, i % 2 : i % 2 + width] for i, y in enumerate(phases)]
-        )
-    else:
-        inner = _conv(x, first, shift, stride, 1, swish=True)
+    inner = _conv_behind_up(x, first, shift, True) if up else _conv(x, first, shift, stride, 1, swish=True)
     return _conv(inner, convs[1], biases[-1], padding=1)
+
+
+def _mconv_of_batch(
+    x: torch.Tensor,
+    convs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor],
+    stride: int,
+    up: bool,
+    eps: float,
+) -> torch.Tensor:
+    expand, depthwise, project = convs
+    channels = expand.shape[0]
+    # Enlarging repeats every pixel four times, which changes no mean and no variance.
+    x = _conv(_norm_of_batch(x, norms[:4], eps, swish=False), expand)
+    x = _norm_of_batch(x, norms[4:8], eps)
+    if up:
+        kernels = phase_kernels(depthwise).flatten(0, 1)
+        # As further samples, all phases are normalised together.
+        x = torch.cat([_conv(x, kernel, None, 1, 1, channels) for kernel in kernels])
+    else:
+        x = _conv(x, depthwise, None, stride, 2, channels)
+    y = _conv(_norm_of_batch(x, norms[8:12], eps), project)
+    if up:
+        y = _interleave(y.chunk(4))
+    return _norm_of_batch(y, norms[12:], eps, swish=False)
+
+
+def _bnswish_of_batch(
+    x: torch.Tensor,
+    convs: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor],
+    stride: int,
+    up: bool,
+    eps: float,
+) -> torch.Tensor:
+    bias = biases[0] if len(biases) == 2 else None
+    x = _norm_of_batch(x, norms[:4], eps)
+    inner = _conv_behind_up(x, convs[0], bias, False) if up else _conv(x, convs[0], bias, stride, 1)
+    return _conv(_norm_of_batch(inner, norms[4:], eps), convs[1], biases[-1], padding=1)
+
+
+def _norm_of_batch(
+    x: torch.Tensor, norm: Sequence[torch.Tensor], eps: float, swish: bool = True
+) -> torch.Tensor:
+    weight, bias, mean, var = norm
+    return lsgm_fast.ops.bn_swish(x, weight, bias, mean, var, True, eps, swish)[0]
+
+
+def _conv_behind_up(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, swish: bool
+) -> torch.Tensor:
+    """A 3x3 convolution of x enlarged by two."""
+    height, width = x.shape[2:]
+    # All four phases at once. With padding 1, row t of the result is at t - 1 and t of x.
+    kernels = phase_kernels(weight).flatten(0, 2)
+    phases = _conv(x, kernels, None if bias is None else bias.repeat(4), padding=1, swish=swish).chunk(
+        4, dim=1
+    )
+    return _interleave(
+        [y[:, :, i // 2 : i // 2 + height, i % 2 : i % 2 + width] for i, y in enumerate(phases)]
+    )
 
 
 def _interleave(phases: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -169,7 +226,7 @@ def _interleave(phases: Sequence[torch.Tensor]) -> torch.Tensor:
 def _conv(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None = None,
     stride: int = 1,
     padding: int = 0,
     groups: int = 1,

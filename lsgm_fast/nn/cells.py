@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lsgm_fast import ops
+from lsgm_fast import distributed, ops
 from lsgm_fast.nn.layers import (
     BN_EPS,
     BatchNormSwish,
@@ -154,10 +154,18 @@ class Cell(nn.Module):
 
     def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
         skip = self.skip(x)
-        if not (batch_stats or self.training):
+        if not (self.training or (batch_stats and distributed.world_size() > 1)):
             gate = () if self.se is None else self.se.tensors()
             return ops.nvae_cell(
-                x, skip, *self.branch.tensors(), gate, self.stride, self.up, BN_EPS, RESIDUAL_SCALE
+                x,
+                skip,
+                *self.branch.tensors(),
+                gate,
+                self.stride,
+                self.up,
+                batch_stats,
+                BN_EPS,
+                RESIDUAL_SCALE,
             )
         y = self.branch(x, batch_stats)
         if self.se is None:

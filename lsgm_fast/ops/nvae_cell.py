@@ -26,12 +26,13 @@ def nvae_cell(
     squeeze_excite: Sequence[torch.Tensor],
     stride: int = 1,
     up: bool = False,
+    batch_stats: bool = False,
     eps: float = 1e-5,
     scale: float = 0.1,
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``skip + scale * gate * branch(x)`` with running BatchNorm statistics, for the two branches of the NVAE.
+    """``skip + scale * gate * branch(x)``, for the two branches of the NVAE. No running statistic is updated.
 
     Three convolutions (``mconv``): [nearest x2] - BN - 1x1 - BN - Swish - 5x5 depthwise - BN - Swish - 1x1 - BN.
     Two (``res_bnswish``): BN - Swish - [nearest x2] - 3x3 - BN - Swish - 3x3. ``gate`` is that of
@@ -44,6 +45,7 @@ def nvae_cell(
         norms: for each normalisation in order its weight, bias, running mean and running variance.
         squeeze_excite: reduce weight and bias, expand weight and bias; empty: no gate.
         stride: of the depthwise or the first convolution, 1 or 2. up: enlarge by two (stride 1 then).
+        batch_stats: normalise with the statistics of the batch instead of the running ones.
         eps: of the normalisations. scale: of the branch (0.1 in NVAE).
 
     Returns:
@@ -87,6 +89,7 @@ def _reasons(
     squeeze_excite: Sequence[torch.Tensor],
     stride: int = 1,
     up: bool = False,
+    batch_stats: bool = False,
     eps: float = 1e-5,
     scale: float = 0.1,
 ) -> list[str]:
@@ -99,6 +102,8 @@ def _reasons(
         why.append(f"dtypes {dtypes}: float32 is supported")
     if x.numel() == 0:
         why.append(f"x has shape {tuple(x.shape)}: it is empty")
+    elif batch_stats and min(x[:, 0].numel(), skip[:, 0].numel()) < 2:
+        why.append(f"x has shape {tuple(x.shape)}: a variance needs more than one element per channel")
     if len(convs) == 3 and convs[1].shape[2:] != (5, 5):
         why.append(f"a depthwise kernel of {convs[1].shape[2]}x{convs[1].shape[3]}: 5x5 is supported")
     return why

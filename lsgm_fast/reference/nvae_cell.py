@@ -19,12 +19,13 @@ def nvae_cell(
     squeeze_excite: Sequence[torch.Tensor],
     stride: int = 1,
     up: bool = False,
+    batch_stats: bool = False,
     eps: float = 1e-5,
     scale: float = 0.1,
 ) -> torch.Tensor:
     def normalise(x: torch.Tensor, i: int, swish: bool = True) -> torch.Tensor:
         weight, bias, mean, var = norms[4 * i : 4 * i + 4]
-        return lsgm_fast.ops.bn_swish(x, weight, bias, mean, var, False, eps, swish)[0]
+        return lsgm_fast.ops.bn_swish(x, weight, bias, mean, var, batch_stats, eps, swish)[0]
 
     def affine(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias, mean, var = norms[4 * i : 4 * i + 4]
@@ -36,7 +37,11 @@ def nvae_cell(
         if up:
             x = lsgm_fast.ops.fir_resample(x, "up", fir=False)
         x = F.conv2d(normalise(x, 0, swish=False), expand)
-        x = lsgm_fast.ops.depthwise_bn_swish(x, depthwise, stride, *affine(1), *affine(2))
+        if batch_stats:
+            # The statistics behind the depthwise convolution need its output.
+            x = normalise(lsgm_fast.ops.depthwise_bn_swish(normalise(x, 1), depthwise, stride), 2)
+        else:
+            x = lsgm_fast.ops.depthwise_bn_swish(x, depthwise, stride, *affine(1), *affine(2))
         y = normalise(F.conv2d(x, project), 3, swish=False)
     else:
         first, second = convs

@@ -37,6 +37,7 @@ def build(
     out: int | None = None,
     stride: int = 1,
     up: bool = False,
+    batch_stats: bool = False,
     expansion: int = 6,
     first_bias: bool = True,
     squeeze_excite: bool = True,
@@ -70,7 +71,7 @@ def build(
         inner = max(out // 16, 4)
         gate = [conv(inner, out), normal(inner), conv(out, inner), normal(out)]
     skip = normal(samples, out, *size, layout=layout)
-    return (x, skip, convs, biases, norms, gate, stride, up), {}
+    return (x, skip, convs, biases, norms, gate, stride, up, batch_stats), {}
 
 
 def extra(draw: Callable[[str], Draw]) -> Iterator[tuple[str, Call]]:
@@ -81,6 +82,9 @@ def extra(draw: Callable[[str], Draw]) -> Iterator[tuple[str, Call]]:
                 "up": {"up": True, "out": 4},
                 "down": {"stride": 2, "out": 8},
                 "no gate": {"squeeze_excite": False, "up": True},
+                "batch": {"batch_stats": True},
+                "up, batch": {"batch_stats": True, "up": True, "out": 4},
+                "down, batch": {"batch_stats": True, "stride": 2, "out": 8},
             }
             for name, options in variants.items():
                 for layout in DENSE_LAYOUTS:
