@@ -5,6 +5,7 @@
 #   PYTHON   the Python that makes the environment (3.10 or newer)
 #   VENV     the environment's folder; an existing environment is used as it is
 #   TORCH    what pip installs where no PyTorch >= 2.11 is there yet: `make demo TORCH=torch` for the newest
+#   JOBS     how many files of tests run at a time
 #   PIP_ARGS further arguments of every `pip install`, for example --no-build-isolation without a network
 
 PYTHON   ?= python3
@@ -12,6 +13,7 @@ VENV     ?= .venv
 TORCH    ?= torch==2.13.0
 PIP_ARGS ?=
 OUT      ?= samples.png
+JOBS     ?= 2
 PYTEST_ARGS ?=
 
 python := $(VENV)/bin/python
@@ -30,13 +32,13 @@ help:
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make clean    remove $(VENV) and everything generated"
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' PIP_ARGS='$(PIP_ARGS)'"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' JOBS=$(JOBS) PIP_ARGS='$(PIP_ARGS)'"
 
 demo: $(VENV)/.lsgm-fast-installed
 	$(VENV)/bin/lsgm-fast demo --out $(OUT)
 
 test: lint
-	$(python) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.lsgm-fast-installed-dev
 	$(python) -m ruff check .
