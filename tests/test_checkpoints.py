@@ -825,6 +825,6 @@ def test_the_licence_notice_is_given_once(tmp_path, monkeypatch):
 
 def test_the_demo_loads():
     model = lsgm_fast.load("demo")
-    assert model.latent_shape == (16, 8, 8)
+    assert model.latent_shape == (8, 8, 8)
     assert isinstance(model.config.vae, VAEConfig)
     assert next(model.parameters()).dtype == torch.float32
