@@ -40,7 +40,7 @@ struct Problem {
   void* grad_x;
   void* grad_weight;  // of type weight_dtype
   const float* table;  // the weights in the order in which the kernels read them
-  double* partials;    // [sample_runs][channels][kTaps]
+  double* partials;    // CPU: [sample_runs][channels][kTaps]; CUDA: [chunks][channels][26]
   int64_t bands;        // pieces of a plane, of band_rows rows of the output
   int64_t band_rows;
   int64_t blocks;       // of a unit: channels (planes) or groups of kLanes channels (rows)
@@ -68,6 +68,15 @@ void backward(const Problem& p, int64_t begin, int64_t end, float* scratch);
 void finish(const Problem& p);
 
 }  // namespace cpu
+
+// CUDA, on `stream` (a cudaStream_t). The weights have the type of x. For `backward` a caller gives `partials`.
+namespace cuda {
+
+int64_t partial_count(const Problem& p);
+void forward(const Problem& p, void* stream);
+void backward(const Problem& p, void* stream);
+
+}  // namespace cuda
 
 #define LSGM_DEPTHWISE_CPU_KERNELS                                            \
   void forward(const Problem& p, int64_t begin, int64_t end, float* scratch); \

@@ -1,6 +1,6 @@
-// Binds depthwise_bn_swish to lsgm_fast::depthwise_bn_swish_cpu and its backward operator. The schemas are defined in
-// Python (lsgm_fast/ops/depthwise_bn_swish.py). There is no CUDA kernel.
-#if !defined(LSGM_CUDA)
+// Binds depthwise_bn_swish to lsgm_fast::depthwise_bn_swish_{cpu,cuda} and their backward operators. Compiled into both
+// libraries, with LSGM_CUDA defined in the CUDA one. The schemas are defined in Python
+// (lsgm_fast/ops/depthwise_bn_swish.py).
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -27,8 +27,8 @@ bool lies_in(const Tensor& t, Order order) {
 
 const void* parameter(const std::optional<Tensor>& t, const char* name, const Tensor& x) {
   if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1) && t->scalar_type() == x.scalar_type() && t->is_cpu() &&
-                      t->is_contiguous(),
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1) && t->scalar_type() == x.scalar_type() &&
+                      same_device(*t, x) && t->is_contiguous(),
       name, " has shape ", shape_of(*t), " and dtype ", torch::headeronly::toString(t->scalar_type()),
       ": expected a dense (", x.size(1), ",) of dtype ", torch::headeronly::toString(x.scalar_type()));
   return t->const_data_ptr();
@@ -45,7 +45,7 @@ Problem describe(const Tensor& x, const Tensor& weight, int64_t stride) {
                       weight.size(2) == 5 && weight.size(3) == 5,
       "x has shape ", shape_of(x), " and weight ", shape_of(weight), ": expected (N, C, H, W) and (C, 1, 5, 5)");
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride is ", stride, ": expected 1 or 2");
-  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous(), "weight must be contiguous, on the device of x");
+  STD_TORCH_CHECK(same_device(weight, x) && weight.is_contiguous(), "weight must be contiguous, on the device of x");
   Problem p{};
   p.batch = x.size(0);
   p.channels = x.size(1);
@@ -64,9 +64,31 @@ Problem describe(const Tensor& x, const Tensor& weight, int64_t stride) {
   p.order = rows && (p.channels > 1 || !lies_in(x, Order::planes)) ? Order::rows : Order::planes;
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
-  cpu::plan(p);
   return p;
 }
+
+#if defined(LSGM_CUDA)
+
+void check_weight(const Problem& p) {
+  STD_TORCH_CHECK(p.dtype == p.weight_dtype, "x and weight have different dtypes");
+}
+
+void run_forward(Problem& p, const Tensor& x) {
+  check_weight(p);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  cuda::forward(p, current_stream(x));
+}
+
+// Memory for partial results comes from PyTorch's allocator, so that a CUDA graph can own it.
+void run_backward(Problem& p, const Tensor& x) {
+  check_weight(p);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const Tensor partials = torch::stable::new_empty(x, {cuda::partial_count(p)}, ScalarType::Double);
+  p.partials = static_cast<double*>(partials.mutable_data_ptr());
+  cuda::backward(p, current_stream(x));
+}
+
+#else
 
 // Memory for floats, from the heap only where there are many. Not initialised.
 template <int64_t kHere>
@@ -90,6 +112,27 @@ void in_threads(const Problem& p, int64_t units, int64_t grain, bool backward, K
   });
 }
 
+void run_forward(Problem& p, const Tensor&) {
+  cpu::plan(p);
+  Floats<1024> table(cpu::table_size(p));
+  cpu::fill_table(p, table.data());
+  p.table = table.data();
+  in_threads(p, cpu::forward_units(p), cpu::forward_grain(p), false, &cpu::forward);
+}
+
+void run_backward(Problem& p, const Tensor&) {
+  cpu::plan(p);
+  Floats<1024> table(cpu::table_size(p));
+  cpu::fill_table(p, table.data());
+  p.table = table.data();
+  std::vector<double> partials(static_cast<size_t>(p.sample_runs * p.channels * kTaps));
+  p.partials = partials.data();
+  in_threads(p, cpu::backward_units(p), cpu::backward_grain(p), true, &cpu::backward);
+  cpu::finish(p);
+}
+
+#endif
+
 Tensor forward(const Tensor& x, const Tensor& weight, int64_t stride, const std::optional<Tensor>& pre_scale,
     const std::optional<Tensor>& pre_shift, const std::optional<Tensor>& post_scale,
     const std::optional<Tensor>& post_shift) {
@@ -110,11 +153,8 @@ Tensor forward(const Tensor& x, const Tensor& weight, int64_t stride, const std:
     out = torch::stable::transpose(torch::stable::transpose(out, 2, 3), 1, 2);
   }
   if (x.numel() == 0) return out;
-  Floats<1024> table(cpu::table_size(p));
-  cpu::fill_table(p, table.data());
-  p.table = table.data();
   p.out = out.mutable_data_ptr();
-  in_threads(p, cpu::forward_units(p), cpu::forward_grain(p), false, &cpu::forward);
+  run_forward(p, x);
   return out;
 }
 
@@ -122,7 +162,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const T
   Problem p = describe(x, weight, stride);
   STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == p.batch && grad.size(1) == p.channels &&
                       grad.size(2) == p.out_height && grad.size(3) == p.out_width &&
-                      grad.scalar_type() == x.scalar_type() && grad.is_cpu(),
+                      grad.scalar_type() == x.scalar_type() && same_device(grad, x),
       "grad has shape ", shape_of(grad), " and dtype ", torch::headeronly::toString(grad.scalar_type()),
       ": expected (", p.batch, ", ", p.channels, ", ", p.out_height, ", ", p.out_width, ") and dtype ",
       torch::headeronly::toString(x.scalar_type()));
@@ -133,16 +173,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const T
     return {grad_x, grad_weight};
   }
   STD_TORCH_CHECK(lies_in(grad, p.order), "grad has strides ", strides_of(grad), ": expected the memory format of x");
-  Floats<1024> table(cpu::table_size(p));
-  cpu::fill_table(p, table.data());
-  p.table = table.data();
-  std::vector<double> partials(static_cast<size_t>(p.sample_runs * p.channels * kTaps));
-  p.partials = partials.data();
   p.grad = grad.const_data_ptr();
   p.grad_x = grad_x.mutable_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr();
-  in_threads(p, cpu::backward_units(p), cpu::backward_grain(p), true, &cpu::backward);
-  cpu::finish(p);
+  run_backward(p, x);
   return {grad_x, grad_weight};
 }
 
@@ -150,6 +184,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const T
 }  // namespace depthwise_bn_swish
 }  // namespace lsgm
 
+#if defined(LSGM_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CUDA, m) {
+  m.impl("depthwise_bn_swish_cuda", TORCH_BOX(&lsgm::depthwise_bn_swish::forward));
+  m.impl("depthwise_bn_swish_cuda_backward", TORCH_BOX(&lsgm::depthwise_bn_swish::backward));
+}
+#else
 STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CPU, m) {
   m.impl("depthwise_bn_swish_cpu", TORCH_BOX(&lsgm::depthwise_bn_swish::forward));
   m.impl("depthwise_bn_swish_cpu_backward", TORCH_BOX(&lsgm::depthwise_bn_swish::backward));

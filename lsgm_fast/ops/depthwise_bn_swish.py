@@ -211,7 +211,7 @@ fused.register(
     fake=_fake,
     prepare=_to_kernel,
     reasons=_reasons,
-    priorities={"cpu": 30},
+    priorities={"cpu": 30, "cuda": 30, "triton": 20},
     auto_reasons={"cpu": _prefers_reference},
     backward=fused.Backward(
         schema="(Tensor grad, Tensor x, Tensor weight, int stride) -> (Tensor, Tensor)",
