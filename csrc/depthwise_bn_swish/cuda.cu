@@ -72,8 +72,9 @@ __global__ void __launch_bounds__(kThreads, 2) spread_kernel(const Problem p, co
   flush<T, O, N, false>(p, result, p.grad_x, thread, l.threads, shared);
 }
 
+// One block for each multiprocessor in the bounds: 25 sums and the staging of 8 halves need the registers.
 template <class S, class T, class L, int N>
-__global__ void __launch_bounds__(kThreads, 2) weight_gradient_kernel(const Problem p, const Launch l) {
+__global__ void __launch_bounds__(kThreads, 1) weight_gradient_kernel(const Problem p, const Launch l) {
   constexpr Order O = L::order;
   extern __shared__ __align__(16) float shared[];
   const int thread = static_cast<int>(threadIdx.x);
