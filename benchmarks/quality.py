@@ -38,7 +38,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
         {"solver": solver, "evaluations": 24}
         for solver in (*(m for m in METHODS if m != "exponential"), "heun")
     ),
-    *({**BASELINE, "dtype": dtype} for dtype in ("bfloat16", "float16")),
+    {**BASELINE, "dtype": "bfloat16"},  # in float16 it would take hours on a processor
     *({"solver": "exponential", "evaluations": 10, "dtype": dtype} for dtype in ("bfloat16", "float16")),
 )
 

@@ -3,6 +3,7 @@
 
 #include "bn_swish/bn_swish.h"
 #include "common/math.h"
+#include "common/vec_math.h"
 #include "common/vector_loop.h"
 
 namespace lsgm {
@@ -29,25 +30,9 @@ R filled(float value) {
   return x;
 }
 
-// 1 + exp(-u), to about two units in the last place: infinite from u = -89 down, NaN at NaN.
+// 1 + exp(-u)
 #if LSGM_VEC_AVX2
-inline V denominator(V u) {
-  // (2^f - 1) / f for |f| <= 1/2; 1.2e-7, relative to 2^f.
-  static constexpr float kPower[] = {
-      0x1.62e42ap-1f, 0x1.ebf9bap-3f, 0x1.c6b758p-5f, 0x1.3ceb1p-7f, 0x1.5bb986p-10f};
-  // The second operand is the result where one is NaN.
-  const __m256 t = _mm256_max_ps(_mm256_set1_ps(-89.5f), _mm256_min_ps(_mm256_set1_ps(87.0f), u.v));
-  // -u / ln 2 = n + f. The last bits of `shifted` are n + 126: the exponent of 2^(n - 1) (2^128 is no float).
-  const __m256 by = _mm256_set1_ps(-0x1.715476p+0f), shift = _mm256_set1_ps(0x1.8p23f + 126.0f);
-  const __m256 shifted = _mm256_fmadd_ps(t, by, shift);
-  const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
-  const __m256 f = _mm256_fmsub_ps(t, by, _mm256_sub_ps(shifted, shift));
-  const __m256 one = _mm256_set1_ps(1.0f);
-  __m256 q = _mm256_set1_ps(kPower[4]);
-  for (int k = 3; k >= 0; --k) q = _mm256_fmadd_ps(q, f, _mm256_set1_ps(kPower[k]));
-  q = _mm256_fmadd_ps(q, f, one);
-  return {_mm256_fmadd_ps(_mm256_mul_ps(q, half), _mm256_set1_ps(2.0f), one)};
-}
+inline V denominator(V u) { return one_plus_exp_minus(u); }
 inline Lane<float> denominator(Lane<float> u) { return {_mm256_cvtss_f32(denominator(filled<V>(u.v)).v)}; }
 #else
 inline V denominator(V u) { return {1.0f + exp_of(-u.v)}; }

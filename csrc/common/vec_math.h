@@ -36,6 +36,23 @@ static inline __m256d polynomial(__m256d x, const double* c, int n) {
   return y;
 }
 
+// 1 + exp(-u), to about two units in the last place: infinite from u = -89 down, NaN at NaN.
+static inline Vec<float> one_plus_exp_minus(Vec<float> u) {
+  // (2^f - 1) / f for |f| <= 1/2; 1.2e-7, relative to 2^f.
+  static constexpr float kPower[] = {
+      0x1.62e42ap-1f, 0x1.ebf9bap-3f, 0x1.c6b758p-5f, 0x1.3ceb1p-7f, 0x1.5bb986p-10f};
+  // The second operand is the result where one is NaN.
+  const __m256 t = _mm256_max_ps(_mm256_set1_ps(-89.5f), _mm256_min_ps(_mm256_set1_ps(87.0f), u.v));
+  // -u / ln 2 = n + f. The last bits of `shifted` are n + 126: the exponent of 2^(n - 1) (2^128 is no float).
+  const __m256 by = _mm256_set1_ps(-0x1.715476p+0f), shift = _mm256_set1_ps(0x1.8p23f + 126.0f);
+  const __m256 shifted = _mm256_fmadd_ps(t, by, shift);
+  const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+  const __m256 f = _mm256_fmsub_ps(t, by, _mm256_sub_ps(shifted, shift));
+  const __m256 one = _mm256_set1_ps(1.0f);
+  const __m256 power = _mm256_mul_ps(_mm256_fmadd_ps(polynomial(f, kPower, 5), f, one), half);
+  return {_mm256_fmadd_ps(power, _mm256_set1_ps(2.0f), one)};
+}
+
 // Natural logarithm of positive, normal, finite numbers, to about one unit in the last place, near 1 too.
 static inline Vec<float> log_positive(Vec<float> x) {
   // (ln(1 + f) - f + f^2 / 2) / f^3 for sqrt(1/2) <= 1 + f < sqrt(2); 6e-9.

@@ -2,6 +2,7 @@
 #include "common/cpu.h"
 
 #include "common/math.h"
+#include "common/vec_math.h"
 #include "common/vector_loop.h"
 #include "se_residual/se_residual.h"
 
@@ -241,24 +242,7 @@ V eight_dots(const float* matrix, const float* v, int64_t n) {
 }
 
 // 1 / (1 + exp(-u)), to about three units in the last place; NaN at NaN.
-V sigmoid(V u) {
-  // (2^f - 1) / f for |f| <= 1/2; 1.2e-7, relative to 2^f.
-  static constexpr float kPower[] = {
-      0x1.62e42ap-1f, 0x1.ebf9bap-3f, 0x1.c6b758p-5f, 0x1.3ceb1p-7f, 0x1.5bb986p-10f};
-  // Within them nothing overflows, and beyond -87 the result would be subnormal. The second operand is the result where
-  // one is NaN.
-  const __m256 t = _mm256_max_ps(_mm256_set1_ps(-87.0f), _mm256_min_ps(_mm256_set1_ps(87.0f), u.v));
-  // -t / ln 2 = n + f; the last bits of `shifted` are n + 127, the exponent of 2^n.
-  const __m256 by = _mm256_set1_ps(-0x1.715476p+0f), shift = _mm256_set1_ps(0x1.8p23f + 127.0f);
-  const __m256 shifted = _mm256_fmadd_ps(t, by, shift);
-  const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
-  const __m256 f = _mm256_fmsub_ps(t, by, _mm256_sub_ps(shifted, shift));
-  const __m256 one = _mm256_set1_ps(1.0f);
-  __m256 q = _mm256_set1_ps(kPower[4]);
-  for (int k = 3; k >= 0; --k) q = _mm256_fmadd_ps(q, f, _mm256_set1_ps(kPower[k]));
-  q = _mm256_fmadd_ps(q, f, one);
-  return {_mm256_div_ps(one, _mm256_fmadd_ps(q, power, one))};
-}
+V sigmoid(V u) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), one_plus_exp_minus(u).v)}; }
 
 #endif
 
