@@ -573,7 +573,7 @@ def plan(
         "LINES": in_tile,
         "WIDTH": width,
         "INDEX": index_type(reach),
-        **launch_options(max(1, in_tile * width // 512)),
+        **launch_options(max(1, in_tile * width // 512), registers=168),
     }
     return (triton.cdiv(tiles, per_program) * channel_blocks,), sizes, options
 

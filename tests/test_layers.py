@@ -177,15 +177,6 @@ def test_batch_norm_in_eval_mode(swish):
         assert torch.equal(value, before[name]), name
 
 
-def test_batch_norm_affine():
-    ours, _, _ = bn_pair(swish=False)
-    x = rand(4, 5, 3, 2)
-    scale, shift = ours.affine()
-    torch.testing.assert_close(
-        ours.eval()(x), x * scale[:, None, None] + shift[:, None, None], rtol=1e-10, atol=1e-10
-    )
-
-
 # -- cells -----------------------------------------------------------------------------------------------------------
 
 
