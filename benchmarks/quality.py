@@ -49,34 +49,15 @@ def describe(variant: dict[str, Any]) -> str:
     return ", ".join([variant["solver"], *settings, *([variant["dtype"]] if "dtype" in variant else [])])
 
 
-class Judge:
-    """Draws and judges images of a model against held-out data; the data's part is done once."""
-
-    def __init__(self, model: LSGM, data: DataConfig, samples: int, seed: int, device: str) -> None:
-        assert model.config is not None
-        vae = model.config.vae
-        if vae.decoder_distribution == "bernoulli" and data.binarise == "none":
-            data = data.replace(binarise="static")
-        train, held_out = open_data(data, "train"), open_data(data, "held_out")
-        check_data(held_out, vae)
-        self.classifier = evaluation.fit_classifier(train, held_out, data, device=device)
-        self.training = evaluation.load_images(train, data)
-        self.reference = evaluation.load_images(held_out, data)
-        self.model, self.samples, self.seed = model, samples, seed
-        self.binary = data.binarise != "none"
-
-    def __call__(self, variant: dict[str, Any]) -> tuple[QualityReport, int]:
-        """The quality, and the evaluations of the network in the first batch."""
-        options = {name: value for name, value in variant.items() if name != "dtype"}
-        model = self.model
-        if "dtype" in variant:
-            model = copy.deepcopy(model).to(getattr(torch, variant["dtype"]))
-        _, info = model.sample_latents(min(self.samples, DEFAULT_BATCH_SIZE), seed=self.seed, **options)
-        images = evaluation.draw_share(model, self.samples, self.seed, self.binary, **options)
-        report = evaluation.evaluate_quality(
-            images, self.reference, self.classifier, training=self.training, seed=self.seed
-        )
-        return report, info.nfe
+def draw_and_judge(
+    judge: evaluation.Judge, model: LSGM, variant: dict[str, Any], samples: int
+) -> tuple[QualityReport, int]:
+    """The quality, and the evaluations of the network in the first batch."""
+    options = {name: value for name, value in variant.items() if name != "dtype"}
+    if "dtype" in variant:
+        model = copy.deepcopy(model).to(getattr(torch, variant["dtype"]))
+    _, info = model.sample_latents(min(samples, DEFAULT_BATCH_SIZE), seed=judge.seed, **options)
+    return judge(model, samples, **options), info.nfe
 
 
 def case(variant: dict[str, Any], report: QualityReport, nfe: int, baseline: QualityReport) -> dict[str, Any]:
@@ -158,12 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = DataConfig(options.data)
     if options.held_out is not None:
         data = data.replace(held_out=options.held_out)
-    judge = Judge(model, data, options.samples, options.seed, options.device)
+    assert model.config is not None
+    if model.config.vae.decoder_distribution == "bernoulli":
+        data = data.replace(binarise="static")
+    check_data(open_data(data, "held_out"), model.config.vae)
+    judge = evaluation.Judge(data, options.device, seed=options.seed)
     print("\n".join(HEAD), flush=True)
     cases: list[dict[str, Any]] = []
     baseline = None
     for variant in (BASELINE, *VARIANTS):
-        report, nfe = judge(variant)
+        report, nfe = draw_and_judge(judge, model, variant, options.samples)
         baseline = report if baseline is None else baseline
         cases.append(case(variant, report, nfe, baseline))
         print(row(cases[-1]), flush=True)

@@ -275,9 +275,9 @@ def _evaluate(settings: _Settings, device: str) -> None:
             outside = _reports(settings, variants, models, outside_source, outside_config, progress)
     judged: dict[str, QualityReport] = {}
     if settings.quality:
-        judge = _judge(config, device, progress, settings.seed)
+        judge = evaluation.Judge(config, device, seed=settings.seed, progress=progress)
         judged = {
-            variant.text: judge(loaded, variant, settings.samples)
+            variant.text: judge(loaded, settings.samples, **variant.sampling())
             for variant, loaded in zip(variants, models, strict=True)
         }
     if not distributed.is_main():
@@ -414,25 +414,6 @@ class _Variant:
 
     def sampling(self) -> dict[str, Any]:
         return {name: value for name, value in self.options.items() if name != "dtype"}
-
-
-def _judge(
-    data: DataConfig, device: str, progress: bool, seed: int
-) -> Callable[[LSGM, _Variant, int], QualityReport]:
-    """What draws images from a model and judges them; the data's part of it is done once, here."""
-    from lsgm_fast.data import open_data
-    from lsgm_fast.evaluation import draw_share, evaluate_quality, fit_classifier, load_images
-
-    train, held_out = open_data(data, "train"), open_data(data, "held_out")
-    classifier = fit_classifier(train, held_out, data, device=device, progress=progress)
-    training, reference = load_images(train, data), load_images(held_out, data)
-
-    def judge(model: LSGM, variant: _Variant, samples: int) -> QualityReport:
-        options = variant.sampling()
-        images = draw_share(model, samples, seed, data.binarise != "none", progress=progress, **options)
-        return evaluate_quality(images, reference, classifier, training=training, seed=seed)
-
-    return judge
 
 
 def _data(model: str, vae: VAEConfig, settings: _Settings) -> DataConfig:

@@ -17,6 +17,7 @@ from lsgm_fast.evaluation.features import (
     InceptionFeatures,
     binary_draws,
 )
+from lsgm_fast.evaluation.judge import Judge
 from lsgm_fast.evaluation.nelbo import (
     METHODS,
     TRACES,
@@ -49,6 +50,7 @@ __all__ = [
     "FeatureStatistics",
     "InceptionFeatures",
     "Interval",
+    "Judge",
     "KernelDistance",
     "ManifoldValues",
     "Memorisation",
