@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import torch
 
 import lsgm_fast  # its `ops` import this module
+from lsgm_fast.reference.nvae_cell import affine
 
 # Slices of the expanded tensor have at most so many bytes: a third of the last-level cache of common processors.
 _SLICE_BYTES = 8 * 2**20
@@ -92,7 +93,7 @@ def _mconv(
     up: bool,
     eps: float,
 ) -> torch.Tensor:
-    (s0, t0), (s1, t1), (s2, t2), (s3, t3) = (_affine(norms[i : i + 4], eps) for i in range(0, 16, 4))
+    (s0, t0), (s1, t1), (s2, t2), (s3, t3) = (affine(norms[i : i + 4], eps) for i in range(0, 16, 4))
     matrix = convs[0][:, :, 0, 0]
     # As a sum: a matrix product rounds differently with where its operands lie in memory.
     expand_bias = torch.addcmul(t1, s1, (matrix * t0).sum(dim=1))
@@ -136,7 +137,7 @@ def _bnswish(
     up: bool,
     eps: float,
 ) -> torch.Tensor:
-    factor, shift = _affine(norms[4:], eps)
+    factor, shift = affine(norms[4:], eps)
     first = factor[:, None, None, None] * convs[0]
     if len(biases) == 2:
         shift = torch.addcmul(shift, factor, biases[0])
@@ -252,10 +253,3 @@ def _add_conv(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
     torch.ops.mkldnn._convolution_pointwise_.binary(
         y, x, weight, None, [0, 0], [1, 1], [1, 1], 1, "add", None, None, [], None
     )
-
-
-def _affine(norm: Sequence[torch.Tensor], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(factor, shift) of a BatchNorm with running statistics."""
-    weight, bias, mean, var = norm
-    factor = weight * torch.rsqrt(var + eps)
-    return factor, bias - mean * factor

@@ -10,6 +10,13 @@ import torch.nn.functional as F
 import lsgm_fast  # its `ops` import this module
 
 
+def affine(norm: Sequence[torch.Tensor], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(factor, shift) of a BatchNorm with running statistics: weight, bias, running mean, running variance."""
+    weight, bias, mean, var = norm
+    factor = weight * torch.rsqrt(var + eps)
+    return factor, bias - mean * factor
+
+
 def nvae_cell(
     x: torch.Tensor,
     skip: torch.Tensor,
@@ -27,11 +34,6 @@ def nvae_cell(
         weight, bias, mean, var = norms[4 * i : 4 * i + 4]
         return lsgm_fast.ops.bn_swish(x, weight, bias, mean, var, batch_stats, eps, swish)[0]
 
-    def affine(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, bias, mean, var = norms[4 * i : 4 * i + 4]
-        factor = weight * torch.rsqrt(var + eps)
-        return factor, bias - mean * factor
-
     if len(convs) == 3:
         expand, depthwise, project = convs
         if up:
@@ -41,7 +43,9 @@ def nvae_cell(
             # The statistics behind the depthwise convolution need its output.
             x = normalise(lsgm_fast.ops.depthwise_bn_swish(normalise(x, 1), depthwise, stride), 2)
         else:
-            x = lsgm_fast.ops.depthwise_bn_swish(x, depthwise, stride, *affine(1), *affine(2))
+            x = lsgm_fast.ops.depthwise_bn_swish(
+                x, depthwise, stride, *affine(norms[4:8], eps), *affine(norms[8:12], eps)
+            )
         y = normalise(F.conv2d(x, project), 3, swish=False)
     else:
         first, second = convs
