@@ -135,6 +135,7 @@ LSGM_HD void store_running(const Problem& p, int64_t channel) {
 //
 //   statistics, combine_moments | normalise, apply      backward_reduce, combine_sums | coefficients, backward_apply
 //
+// Of float32, backward_reduce leaves its d in grad_x, and backward_apply goes on from there.
 // `backward_both` is reduce and apply in one pass, for statistics that are not the batch's. Backward begins with
 // `restore`, which refills the table.
 namespace cpu {
@@ -168,6 +169,9 @@ namespace scalar {
 LSGM_BN_SWISH_CPU_KERNELS
 }
 namespace avx2 {
+LSGM_BN_SWISH_CPU_KERNELS
+}
+namespace avx512 {
 LSGM_BN_SWISH_CPU_KERNELS
 }
 #undef LSGM_BN_SWISH_CPU_KERNELS

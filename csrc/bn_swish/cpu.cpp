@@ -1,6 +1,9 @@
 // CPU kernels of bn_swish, compiled once per instruction set (LSGM_ISA; see common/cpu.h). No torch.
 #include "common/cpu.h"
 
+#include <iterator>
+#include <type_traits>
+
 #include "bn_swish/bn_swish.h"
 #include "common/math.h"
 #include "common/vec_math.h"
@@ -18,10 +21,10 @@ constexpr int64_t kWidth = V::width;
 
 constexpr int64_t kPivotElements = 512;  // planes: the first elements of a chunk, whose mean is the pivot
 constexpr int64_t kPivotRows = 32;       // rows: the same
-// Rows after which float32 sums are added to the float64 ones: few, as each sum is of one row after the other.
-constexpr int64_t kFlushRows = 16;
-// Channels whose sums are kept in the first cache during one pass over the rows of a chunk.
-constexpr int64_t kChannelTile = 1024;
+// Rows after which float32 sums are added to the float64 ones: few, as each sum is of one row after the other, and they
+// stay in the first cache for all channels.
+constexpr int64_t kFlushRows = 32;
+constexpr int64_t kChannelTile = 1024;  // channels that are taken together in all rows of a chunk
 
 template <class R>
 R filled(float value) {
@@ -33,7 +36,7 @@ R filled(float value) {
 // 1 + exp(-u)
 #if LSGM_VEC_AVX2
 inline V denominator(V u) { return one_plus_exp_minus(u); }
-inline Lane<float> denominator(Lane<float> u) { return {_mm256_cvtss_f32(denominator(filled<V>(u.v)).v)}; }
+inline Lane<float> denominator(Lane<float> u) { return {first_of(denominator(filled<V>(u.v)))}; }
 #else
 inline V denominator(V u) { return {1.0f + exp_of(-u.v)}; }
 #endif
@@ -85,6 +88,41 @@ void for_each_tile(const Problem& p, int64_t begin, int64_t end, F&& f) {
       f(k, c, first, smaller(kChannelTile, p.channels - first));
     }
   }
+}
+
+// U registers of neighbouring channels.
+template <class R, int U>
+struct Group {
+  R part[U];
+  static constexpr int width = R::width;
+
+  void clear() {
+    for (R& r : part) fill(r, 0.0f);
+  }
+  template <class T>
+  void read(const T* p) {
+    for (int u = 0; u < U; ++u) load(part[u], p + u * width);
+  }
+  // Adds the channels from `skip` on to out[skip], ...
+  void add_to(double* out, int64_t skip) const {
+    float all[U * width];
+    for (int u = 0; u < U; ++u) store(part[u], all + u * width);
+    for (int64_t i = skip; i < U * width; ++i) out[i] += static_cast<double>(all[i]);
+  }
+};
+
+// f(Group, first channel, skip) for all channels, U registers at a time while there are enough. The last group overlaps
+// the one before, which has had the first `skip` of its channels.
+template <int U, class F>
+void for_each_group(int64_t channels, F&& f) {
+  int64_t i = 0;
+  for (; i + U * kWidth <= channels; i += U * kWidth) f(Group<V, U>{}, i, int64_t{0});
+  for (; i + kWidth <= channels; i += kWidth) f(Group<V, 1>{}, i, int64_t{0});
+  if (i < channels && channels >= kWidth) {
+    f(Group<V, 1>{}, channels - kWidth, i + kWidth - channels);
+    return;
+  }
+  for (; i < channels; ++i) f(Group<Lane<float>, 1>{}, i, int64_t{0});
 }
 
 // ---- statistics ----
@@ -150,49 +188,44 @@ void statistics_planes(const Problem& p, int64_t begin, int64_t end) {
 template <class T>
 void statistics_rows(const Problem& p, int64_t begin, int64_t end) {
   const auto* x = static_cast<const T*>(p.x);
-  alignas(64) float minus_pivot[kChannelTile], first[kChannelTile], second[kChannelTile];
+  alignas(64) float minus_pivot[kChannelTile];
   for_each_tile(p, begin, end, [&](int64_t k, const Chunk& c, int64_t channel, int64_t channels) {
     const T* start = x + c.begin * p.channels + channel;
     const int64_t few = smaller(c.size, kPivotRows);
-    for (int64_t i = 0; i < channels; ++i) minus_pivot[i] = 0;
-    for (int64_t row = 0; row < few; ++row) {
-      const T* here = start + row * p.channels;
-      int64_t i = 0;
-      for (; i + kWidth <= channels; i += kWidth) {
-        store(add(load_all(minus_pivot + i), load_all(here + i)), minus_pivot + i);
-      }
-      for (; i < channels; ++i) minus_pivot[i] += widen<float>(here[i]);
-    }
     const float factor = -1.0f / static_cast<float>(few);
+    for_each_group<4>(channels, [&](auto total, int64_t i, int64_t) {
+      total.clear();
+      auto v = total;
+      for (int64_t row = 0; row < few; ++row) {
+        v.read(start + row * p.channels + i);
+        for (size_t u = 0; u < std::size(v.part); ++u) total.part[u] = add(total.part[u], v.part[u]);
+      }
+      for (size_t u = 0; u < std::size(v.part); ++u) {
+        using R = std::decay_t<decltype(v.part[u])>;
+        store(mul(total.part[u], filled<R>(factor)), minus_pivot + i + static_cast<int64_t>(u) * R::width);
+      }
+    });
     double* mean = p.partials + partial_at(p, k, 0, channel);
     double* m2 = p.partials + partial_at(p, k, 1, channel);
-    for (int64_t i = 0; i < channels; ++i) {
-      minus_pivot[i] *= factor;
-      mean[i] = 0;
-      m2[i] = 0;
-    }
-    for (int64_t row = 0; row < c.size;) {
-      for (int64_t i = 0; i < channels; ++i) first[i] = second[i] = 0;
-      for (const int64_t stop = smaller(c.size, row + kFlushRows); row < stop; ++row) {
-        const T* here = start + row * p.channels;
-        const auto step = [&](auto kind, int64_t i) {
-          decltype(kind) v, m, one, two;
-          load(v, here + i);
-          load(m, minus_pivot + i);
-          load(one, first + i);
-          load(two, second + i);
-          v = add(v, m);
-          store(add(one, v), first + i);
-          store(fma(v, v, two), second + i);
-        };
-        int64_t i = 0;
-        for (; i + kWidth <= channels; i += kWidth) step(V{}, i);
-        for (; i < channels; ++i) step(Lane<float>{}, i);
-      }
-      for (int64_t i = 0; i < channels; ++i) {
-        mean[i] += static_cast<double>(first[i]);
-        m2[i] += static_cast<double>(second[i]);
-      }
+    for (int64_t i = 0; i < channels; ++i) mean[i] = m2[i] = 0;
+    for (int64_t row = 0; row < c.size; row += kFlushRows) {
+      const int64_t rows = smaller(kFlushRows, c.size - row);
+      for_each_group<4>(channels, [&](auto first, int64_t i, int64_t skip) {
+        first.clear();
+        auto second = first, pivot = first, v = first;
+        pivot.read(minus_pivot + i);
+        const T* here = start + row * p.channels + i;
+        for (int64_t r = 0; r < rows; ++r, here += p.channels) {
+          v.read(here);
+          for (size_t u = 0; u < std::size(v.part); ++u) {
+            const auto difference = add(v.part[u], pivot.part[u]);
+            first.part[u] = add(first.part[u], difference);
+            second.part[u] = fma(difference, difference, second.part[u]);
+          }
+        }
+        first.add_to(mean + i, skip);
+        second.add_to(m2 + i, skip);
+      });
     }
     const double n = static_cast<double>(c.size);
     for (int64_t i = 0; i < channels; ++i) {
@@ -258,27 +291,22 @@ void apply_rows(const Problem& p, int64_t begin, int64_t end) {
 
 // ---- backward ----
 
+// Reduce leaves the gradient with respect to u in grad_x, where apply finds it, if it fits there unrounded: the sigmoid
+// is then computed once.
+template <class T>
+constexpr bool kKeeps = std::is_same<T, float>::value;
+
 enum class Mode { reduce, apply, both };
 
 template <class R>
 struct Constants {
-  R minus_mean, scale, bias, slope, offset;
+  R minus_mean, scale, bias;
 };
 
-template <Mode kMode, class R>
+template <class R>
 Constants<R> constants(const Problem& p, int64_t channel) {
   const float* t = p.table + channel;
-  Constants<R> k;
-  k.minus_mean = filled<R>(t[kMinusMean * p.channels]);
-  k.scale = filled<R>(t[kScale * p.channels]);
-  k.bias = filled<R>(t[kBias * p.channels]);
-  if (kMode == Mode::apply) {
-    k.slope = filled<R>(t[kSlope * p.channels]);
-    k.offset = filled<R>(t[kOffset * p.channels]);
-  } else {
-    k.slope = k.offset = filled<R>(0.0f);
-  }
-  return k;
+  return {filled<R>(t[kMinusMean * p.channels]), filled<R>(t[kScale * p.channels]), filled<R>(t[kBias * p.channels])};
 }
 
 // The gradient with respect to u; `centred` gets x - mean.
@@ -292,10 +320,9 @@ inline R inner_gradient(R grad, R x, const Constants<R>& k, R& centred) {
   return mul(mul(grad, s), fma(u, fnma(s, one, one), one));
 }
 
-template <Mode kMode, class R>
-inline R outer_gradient(R d, R centred, const Constants<R>& k) {
-  if constexpr (kMode == Mode::both) return mul(k.scale, d);
-  return fma(k.scale, d, fma(k.slope, centred, k.offset));
+template <class R>
+inline R outer_gradient(R d, R centred, R scale, R slope, R offset) {
+  return fma(scale, d, fma(slope, centred, offset));
 }
 
 template <class T, bool kSwish, Mode kMode>
@@ -305,22 +332,20 @@ void backward_planes(const Problem& p, int64_t begin, int64_t end) {
   auto* grad_x = static_cast<T*>(p.grad_x);
   for_each_chunk(p, begin, end, [&](int64_t k, int64_t channel) {
     const Chunk c = chunk_at(p, k);
-    const auto full = constants<kMode, V>(p, channel);
+    const auto full = constants<V>(p, channel);
     const float mean = -p.table[kMinusMean * p.channels + channel];
     V total[2] = {filled<V>(0.0f), filled<V>(0.0f)}, total_centred[2] = {total[0], total[0]};
     for_each_plane(p, channel, c, [&](int64_t at) {
       const auto step = [&](V g, V v, int lane) {
         V centred;
         const V d = inner_gradient<kSwish>(g, v, full, centred);
-        if constexpr (kMode != Mode::apply) {
-          total[lane] = add(total[lane], d);
-          total_centred[lane] = fma(d, centred, total_centred[lane]);
-        }
-        return kMode == Mode::reduce ? d : outer_gradient<kMode>(d, centred, full);
+        total[lane] = add(total[lane], d);
+        total_centred[lane] = fma(d, centred, total_centred[lane]);
+        return kMode == Mode::both ? mul(full.scale, d) : d;
       };
       const auto whole = [&](int64_t i, int lane) {
         const V result = step(load_all(grad + i), load_all(x + i), lane);
-        if constexpr (kMode != Mode::reduce) store(result, grad_x + i);
+        if constexpr (kMode == Mode::both || kKeeps<T>) store(result, grad_x + i);
       };
       int64_t i = 0;
       for (; i + 2 * kWidth <= c.size; i += 2 * kWidth) {
@@ -330,7 +355,7 @@ void backward_planes(const Problem& p, int64_t begin, int64_t end) {
       for (; i + kWidth <= c.size; i += kWidth) whole(at + i, 0);
       if (i < c.size) {
         const V result = step(load_part(grad + at + i, c.size - i, 0.0f), load_part(x + at + i, c.size - i, mean), 1);
-        if constexpr (kMode != Mode::reduce) {
+        if constexpr (kMode == Mode::both || kKeeps<T>) {
           float parts[kWidth];
           store(result, parts);
           for (int64_t j = 0; i + j < c.size; ++j) narrow(parts[j], grad_x[at + i + j]);
@@ -338,10 +363,40 @@ void backward_planes(const Problem& p, int64_t begin, int64_t end) {
       }
       return true;
     });
-    if constexpr (kMode != Mode::apply) {
-      p.partials[partial_at(p, k, 0, channel)] = static_cast<double>(sum(add(total[0], total[1])));
-      p.partials[partial_at(p, k, 1, channel)] = static_cast<double>(sum(add(total_centred[0], total_centred[1])));
-    }
+    p.partials[partial_at(p, k, 0, channel)] = static_cast<double>(sum(add(total[0], total[1])));
+    p.partials[partial_at(p, k, 1, channel)] = static_cast<double>(sum(add(total_centred[0], total_centred[1])));
+  });
+}
+
+template <class T, bool kSwish>
+void backward_apply_planes(const Problem& p, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const T*>(p.x);
+  const auto* grad = static_cast<const T*>(p.grad);
+  auto* grad_x = static_cast<T*>(p.grad_x);
+  for_each_chunk(p, begin, end, [&](int64_t k, int64_t channel) {
+    const Chunk c = chunk_at(p, k);
+    const float slope = p.table[kSlope * p.channels + channel], offset = p.table[kOffset * p.channels + channel];
+    for_each_plane(p, channel, c, [&](int64_t at) {
+      const auto step = [&, at](auto kind, int64_t i) {
+        using R = decltype(kind);
+        const auto full = constants<R>(p, channel);
+        R d, v, centred;
+        load(v, x + at + i);
+        if constexpr (kKeeps<T>) {
+          load(d, grad_x + at + i);
+          centred = add(v, full.minus_mean);
+        } else {
+          R g;
+          load(g, grad + at + i);
+          d = inner_gradient<kSwish>(g, v, full, centred);
+        }
+        store(outer_gradient(d, centred, full.scale, filled<R>(slope), filled<R>(offset)), grad_x + at + i);
+      };
+      int64_t i = 0;
+      for (; i + kWidth <= c.size; i += kWidth) step(V{}, i);
+      for (; i < c.size; ++i) step(Lane<float>{}, i);  // no overlap: what is read has been written over
+      return true;
+    });
   });
 }
 
@@ -350,56 +405,79 @@ void backward_rows(const Problem& p, int64_t begin, int64_t end) {
   const auto* x = static_cast<const T*>(p.x);
   const auto* grad = static_cast<const T*>(p.grad);
   auto* grad_x = static_cast<T*>(p.grad_x);
-  alignas(64) float totals[kChannelTile], centred_totals[kChannelTile];
   for_each_tile(p, begin, end, [&](int64_t k, const Chunk& c, int64_t channel, int64_t channels) {
     const float* table = p.table + channel;
-    double* total = nullptr;
-    double* total_centred = nullptr;
-    if constexpr (kMode != Mode::apply) {
-      total = p.partials + partial_at(p, k, 0, channel);
-      total_centred = p.partials + partial_at(p, k, 1, channel);
-      for (int64_t i = 0; i < channels; ++i) total[i] = total_centred[i] = 0;
-    }
-    for (int64_t row = 0; row < c.size;) {
-      if constexpr (kMode != Mode::apply) {
-        for (int64_t i = 0; i < channels; ++i) totals[i] = centred_totals[i] = 0;
-      }
-      for (const int64_t stop = smaller(c.size, row + kFlushRows); row < stop; ++row) {
-        const int64_t at = (c.begin + row) * p.channels + channel;
-        const auto step = [&](auto kind, int64_t i) {
-          using R = decltype(kind);
-          Constants<R> constant{};
-          load(constant.minus_mean, table + kMinusMean * p.channels + i);
-          load(constant.scale, table + kScale * p.channels + i);
-          load(constant.bias, table + kBias * p.channels + i);
-          R g, v, centred;
-          load(g, grad + at + i);
-          load(v, x + at + i);
-          const R d = inner_gradient<kSwish>(g, v, constant, centred);
-          if constexpr (kMode != Mode::apply) {
-            R one, two;
-            load(one, totals + i);
-            load(two, centred_totals + i);
-            store(add(one, d), totals + i);
-            store(fma(d, centred, two), centred_totals + i);
-          } else {
-            load(constant.slope, table + kSlope * p.channels + i);
-            load(constant.offset, table + kOffset * p.channels + i);
+    double* total = p.partials + partial_at(p, k, 0, channel);
+    double* total_centred = p.partials + partial_at(p, k, 1, channel);
+    for (int64_t i = 0; i < channels; ++i) total[i] = total_centred[i] = 0;
+    for (int64_t row = 0; row < c.size; row += kFlushRows) {
+      const int64_t rows = smaller(kFlushRows, c.size - row);
+      for_each_group<2>(channels, [&](auto sums, int64_t i, int64_t skip) {
+        using R = std::decay_t<decltype(sums.part[0])>;
+        sums.clear();
+        auto sums_centred = sums, minus_mean = sums, scale = sums, bias = sums;
+        minus_mean.read(table + kMinusMean * p.channels + i);
+        scale.read(table + kScale * p.channels + i);
+        bias.read(table + kBias * p.channels + i);
+        int64_t at = (c.begin + row) * p.channels + channel + i;
+        for (int64_t r = 0; r < rows; ++r, at += p.channels) {
+          for (size_t u = 0; u < std::size(sums.part); ++u) {
+            const int64_t here = at + static_cast<int64_t>(u) * R::width;
+            R g, v, centred;
+            load(g, grad + here);
+            load(v, x + here);
+            const Constants<R> constant{minus_mean.part[u], scale.part[u], bias.part[u]};
+            const R d = inner_gradient<kSwish>(g, v, constant, centred);
+            sums.part[u] = add(sums.part[u], d);
+            sums_centred.part[u] = fma(d, centred, sums_centred.part[u]);
+            if constexpr (kMode == Mode::both) {
+              store(mul(scale.part[u], d), grad_x + here);
+            } else if constexpr (kKeeps<T>) {
+              store(d, grad_x + here);
+            }
           }
-          if constexpr (kMode != Mode::reduce) store(outer_gradient<kMode>(d, centred, constant), grad_x + at + i);
-        };
-        int64_t i = 0;
-        for (; i + kWidth <= channels; i += kWidth) step(V{}, i);
-        for (; i < channels; ++i) step(Lane<float>{}, i);
-      }
-      if constexpr (kMode != Mode::apply) {
-        for (int64_t i = 0; i < channels; ++i) {
-          total[i] += static_cast<double>(totals[i]);
-          total_centred[i] += static_cast<double>(centred_totals[i]);
         }
-      }
+        sums.add_to(total + i, skip);
+        sums_centred.add_to(total_centred + i, skip);
+      });
     }
   });
+}
+
+template <class T, bool kSwish>
+void backward_apply_rows(const Problem& p, int64_t begin, int64_t end) {
+  const auto* x = static_cast<const T*>(p.x);
+  const auto* grad = static_cast<const T*>(p.grad);
+  auto* grad_x = static_cast<T*>(p.grad_x);
+  for (int64_t k = begin; k < end; ++k) {
+    const Chunk c = chunk_at(p, k);
+    for (int64_t row = c.begin; row < c.begin + c.size; ++row) {
+      const int64_t at = row * p.channels;
+      const auto step = [&, at](auto kind, int64_t i) {
+        using R = decltype(kind);
+        Constants<R> constant;
+        R d, v, centred, slope, offset;
+        load(constant.minus_mean, p.table + kMinusMean * p.channels + i);
+        load(constant.scale, p.table + kScale * p.channels + i);
+        load(slope, p.table + kSlope * p.channels + i);
+        load(offset, p.table + kOffset * p.channels + i);
+        load(v, x + at + i);
+        if constexpr (kKeeps<T>) {
+          load(d, grad_x + at + i);
+          centred = add(v, constant.minus_mean);
+        } else {
+          R g;
+          load(g, grad + at + i);
+          load(constant.bias, p.table + kBias * p.channels + i);
+          d = inner_gradient<kSwish>(g, v, constant, centred);
+        }
+        store(outer_gradient(d, centred, constant.scale, slope, offset), grad_x + at + i);
+      };
+      int64_t i = 0;
+      for (; i + kWidth <= p.channels; i += kWidth) step(V{}, i);
+      for (; i < p.channels; ++i) step(Lane<float>{}, i);  // no overlap, as above
+    }
+  }
 }
 
 // Calls f(Type<T>{}) with the type of the elements; float64 is the reference's.
@@ -415,12 +493,22 @@ void with_type(const Problem& p, F&& f) {
   }
 }
 
-template <class T, Mode kMode>
+template <class T, bool kSwish, Mode kMode>
 void backward_chunks(const Problem& p, int64_t begin, int64_t end) {
-  if (p.order == Order::planes) {
-    return p.swish ? backward_planes<T, true, kMode>(p, begin, end) : backward_planes<T, false, kMode>(p, begin, end);
+  const bool planes = p.order == Order::planes;
+  if constexpr (kMode == Mode::apply) {
+    planes ? backward_apply_planes<T, kSwish>(p, begin, end) : backward_apply_rows<T, kSwish>(p, begin, end);
+  } else {
+    planes ? backward_planes<T, kSwish, kMode>(p, begin, end) : backward_rows<T, kSwish, kMode>(p, begin, end);
   }
-  return p.swish ? backward_rows<T, true, kMode>(p, begin, end) : backward_rows<T, false, kMode>(p, begin, end);
+}
+
+template <Mode kMode>
+void backward_of(const Problem& p, int64_t begin, int64_t end) {
+  with_type(p, [&](auto type) {
+    using T = typename decltype(type)::type;
+    p.swish ? backward_chunks<T, true, kMode>(p, begin, end) : backward_chunks<T, false, kMode>(p, begin, end);
+  });
 }
 
 }  // namespace
@@ -443,17 +531,9 @@ void apply(const Problem& p, int64_t begin, int64_t end) {
   });
 }
 
-void backward_reduce(const Problem& p, int64_t begin, int64_t end) {
-  with_type(p, [&](auto type) { backward_chunks<typename decltype(type)::type, Mode::reduce>(p, begin, end); });
-}
-
-void backward_apply(const Problem& p, int64_t begin, int64_t end) {
-  with_type(p, [&](auto type) { backward_chunks<typename decltype(type)::type, Mode::apply>(p, begin, end); });
-}
-
-void backward_both(const Problem& p, int64_t begin, int64_t end) {
-  with_type(p, [&](auto type) { backward_chunks<typename decltype(type)::type, Mode::both>(p, begin, end); });
-}
+void backward_reduce(const Problem& p, int64_t begin, int64_t end) { backward_of<Mode::reduce>(p, begin, end); }
+void backward_apply(const Problem& p, int64_t begin, int64_t end) { backward_of<Mode::apply>(p, begin, end); }
+void backward_both(const Problem& p, int64_t begin, int64_t end) { backward_of<Mode::both>(p, begin, end); }
 
 }  // namespace LSGM_ISA
 
@@ -548,22 +628,32 @@ void coefficients(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
-#if defined(LSGM_HAVE_AVX2)
-#define LSGM_CHOOSE(kernel)                                    \
-  void kernel(const Problem& p, int64_t begin, int64_t end) {  \
-    if (has_avx2()) return avx2::kernel(p, begin, end);        \
-    scalar::kernel(p, begin, end);                             \
-  }
+#if defined(LSGM_HAVE_AVX512)
+#define LSGM_CHOOSE_AVX512(kernel) \
+  if (has_avx512()) return avx512::kernel(p, begin, end)
 #else
-#define LSGM_CHOOSE(kernel) \
-  void kernel(const Problem& p, int64_t begin, int64_t end) { scalar::kernel(p, begin, end); }
+#define LSGM_CHOOSE_AVX512(kernel)
 #endif
+#if defined(LSGM_HAVE_AVX2)
+#define LSGM_CHOOSE_AVX2(kernel) \
+  if (has_avx2()) return avx2::kernel(p, begin, end)
+#else
+#define LSGM_CHOOSE_AVX2(kernel)
+#endif
+#define LSGM_CHOOSE(kernel)                                   \
+  void kernel(const Problem& p, int64_t begin, int64_t end) { \
+    LSGM_CHOOSE_AVX512(kernel);                               \
+    LSGM_CHOOSE_AVX2(kernel);                                 \
+    scalar::kernel(p, begin, end);                            \
+  }
 LSGM_CHOOSE(statistics)
 LSGM_CHOOSE(apply)
 LSGM_CHOOSE(backward_reduce)
 LSGM_CHOOSE(backward_apply)
 LSGM_CHOOSE(backward_both)
 #undef LSGM_CHOOSE
+#undef LSGM_CHOOSE_AVX2
+#undef LSGM_CHOOSE_AVX512
 
 }  // namespace cpu
 #endif

@@ -1,7 +1,8 @@
 // Which instruction sets a CPU kernel is compiled for, and which one this processor runs.
 //
-// CMake compiles every csrc/<op>/cpu.cpp once per instruction set, with LSGM_ISA = scalar | avx2. The kernels live in
-// the namespace of that name, and their callers choose with `lsgm::has_avx2()`.
+// CMake compiles every csrc/<op>/cpu.cpp once per instruction set, with LSGM_ISA = scalar | avx2, and those that are
+// bound by arithmetic with avx512 too. The kernels live in the namespace of that name, and their callers choose with
+// `lsgm::has_avx2()` and `lsgm::has_avx512()`.
 #pragma once
 
 #if defined(__x86_64__) && defined(LSGM_HAVE_AVX2)
@@ -22,6 +23,16 @@ static inline bool has_avx2() {
 }
 #else
 static inline bool has_avx2() { return false; }
+#endif
+
+#if defined(__x86_64__) && defined(LSGM_HAVE_AVX512)
+static inline bool has_avx512() {
+  static const bool found = has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return found;
+}
+#else
+static inline bool has_avx512() { return false; }
 #endif
 
 }  // namespace lsgm

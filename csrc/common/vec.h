@@ -11,6 +11,9 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #define LSGM_VEC_AVX2 1
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define LSGM_VEC_AVX512 1
+#endif
 #endif
 
 namespace lsgm {
@@ -82,12 +85,6 @@ static inline Lane<double> fnma(Lane<double> a, Lane<double> b, Lane<double> c) 
 template <class C>
 struct Vec;
 
-template <>
-struct Vec<float> {
-  __m256 v;
-  static constexpr int width = 8;
-};
-
 static inline __m256 widen8(__m128i bf16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16));
 }
@@ -103,6 +100,69 @@ static inline __m128i bf16x8(__m256 x) {
 }
 static inline __m128i f16x8(__m256 x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
+#if LSGM_VEC_AVX512
+
+template <>
+struct Vec<float> {
+  __m512 v;
+  static constexpr int width = 16;
+};
+
+static inline __m512 join(__m256 low, __m256 high) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+static inline __m256i bf16x16(__m512 x) {
+  const __m128i low = bf16x8(_mm512_castps512_ps256(x)), high = bf16x8(_mm512_extractf32x8_ps(x, 1));
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+static inline __m256i f16x16(__m512 x) {
+  return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+static inline void load(Vec<float>& x, const float* p) { x.v = _mm512_loadu_ps(p); }
+static inline void load(Vec<float>& x, const Half* p) {
+  x.v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static inline void load(Vec<float>& x, const BFloat16* p) {
+  const auto* halves = reinterpret_cast<const __m128i*>(p);
+  x.v = join(widen8(_mm_loadu_si128(halves)), widen8(_mm_loadu_si128(halves + 1)));
+}
+static inline void store(Vec<float> x, float* p) { _mm512_storeu_ps(p, x.v); }
+static inline void store(Vec<float> x, Half* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f16x16(x.v)); }
+static inline void store(Vec<float> x, BFloat16* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16x16(x.v));
+}
+
+static inline void fill(Vec<float>& x, float v) { x.v = _mm512_set1_ps(v); }
+static inline Vec<float> mul(Vec<float> a, Vec<float> b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline Vec<float> add(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline Vec<float> sub(Vec<float> a, Vec<float> b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline Vec<float> div(Vec<float> a, Vec<float> b) { return {_mm512_div_ps(a.v, b.v)}; }
+static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline Vec<float> min(Vec<float> a, Vec<float> b) { return {_mm512_min_ps(a.v, b.v)}; }
+static inline Vec<float> abs(Vec<float> a) { return {_mm512_abs_ps(a.v)}; }
+static inline Vec<float> rounded(Vec<float> x, Type<float>) { return x; }
+static inline Vec<float> rounded(Vec<float> x, Type<Half>) { return {_mm512_cvtph_ps(f16x16(x.v))}; }
+static inline Vec<float> rounded(Vec<float> x, Type<BFloat16>) {
+  const __m256i bits = bf16x16(x.v);
+  return {join(widen8(_mm256_castsi256_si128(bits)), widen8(_mm256_extracti128_si256(bits, 1)))};
+}
+static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+static inline Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+static inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
+static inline Vec<float> power_from_bits(Vec<float> a) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
+}
+static inline float first_of(Vec<float> a) { return _mm512_cvtss_f32(a.v); }
+
+#else
+
+template <>
+struct Vec<float> {
+  __m256 v;
+  static constexpr int width = 8;
+};
+
 static inline void load(Vec<float>& x, const float* p) { x.v = _mm256_loadu_ps(p); }
 static inline void load(Vec<float>& x, const Half* p) {
   x.v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -117,8 +177,10 @@ static inline void store(Vec<float> x, BFloat16* p) { _mm_storeu_si128(reinterpr
 static inline void fill(Vec<float>& x, float v) { x.v = _mm256_set1_ps(v); }
 static inline Vec<float> mul(Vec<float> a, Vec<float> b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline Vec<float> add(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.v, b.v)}; }
+static inline Vec<float> sub(Vec<float> a, Vec<float> b) { return {_mm256_sub_ps(a.v, b.v)}; }
 static inline Vec<float> div(Vec<float> a, Vec<float> b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline Vec<float> min(Vec<float> a, Vec<float> b) { return {_mm256_min_ps(a.v, b.v)}; }
 static inline Vec<float> abs(Vec<float> a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 static inline Vec<float> rounded(Vec<float> x, Type<float>) { return x; }
 static inline Vec<float> rounded(Vec<float> x, Type<Half>) { return {_mm256_cvtph_ps(f16x8(x.v))}; }
@@ -130,6 +192,13 @@ static inline float sum(Vec<float> a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+// The lowest 8 bits of each number, as the exponent of a power of 2.
+static inline Vec<float> power_from_bits(Vec<float> a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
+}
+static inline float first_of(Vec<float> a) { return _mm256_cvtss_f32(a.v); }
+
+#endif
 
 template <>
 struct Vec<double> {

@@ -1,4 +1,4 @@
-// Elementary functions on whole AVX2 registers. Nothing here exists without AVX2: there the standard library serves.
+// Elementary functions on whole registers. Nothing here exists without AVX2: there the standard library serves.
 //
 // The polynomials are minimax approximations made for these files (Remez exchange in extended precision); the error of
 // each is given relative to the function. Every value depends on its own lane alone.
@@ -10,6 +10,31 @@
 
 namespace lsgm {
 namespace LSGM_ISA {
+
+// 1 + exp(-u), to about two units in the last place: infinite from u = -89 down, NaN at NaN.
+static inline Vec<float> one_plus_exp_minus(Vec<float> u) {
+  // (2^f - 1) / f for |f| <= 1/2; 1.2e-7, relative to 2^f.
+  static constexpr float kPower[] = {
+      0x1.62e42ap-1f, 0x1.ebf9bap-3f, 0x1.c6b758p-5f, 0x1.3ceb1p-7f, 0x1.5bb986p-10f};
+  const auto all = [](float value) {
+    Vec<float> x;
+    fill(x, value);
+    return x;
+  };
+  // The second operand is the result where one is NaN.
+  const Vec<float> t = max(all(-89.5f), min(all(87.0f), u));
+  // -u / ln 2 = n + f. The last bits of `shifted` are n + 126: the exponent of 2^(n - 1) (2^128 is no float).
+  const Vec<float> by = all(-0x1.715476p+0f), shift = all(0x1.8p23f + 126.0f);
+  const Vec<float> shifted = fma(t, by, shift);
+  const Vec<float> half = power_from_bits(shifted);
+  const Vec<float> f = fma(t, by, sub(shift, shifted));
+  const Vec<float> one = all(1.0f);
+  Vec<float> power = all(kPower[4]);
+  for (int k = 3; k >= 0; --k) power = fma(power, f, all(kPower[k]));
+  return fma(mul(fma(power, f, one), half), all(2.0f), one);
+}
+
+#if !LSGM_VEC_AVX512  // what philox_normal alone uses, which has no copy for it
 
 // 32-bit unsigned integers to float32, rounded once, to nearest: both halves are exact.
 static inline Vec<float> from_uint32(__m256i x) {
@@ -34,23 +59,6 @@ static inline __m256d polynomial(__m256d x, const double* c, int n) {
   __m256d y = _mm256_set1_pd(c[n - 1]);
   for (int k = n - 2; k >= 0; --k) y = _mm256_fmadd_pd(y, x, _mm256_set1_pd(c[k]));
   return y;
-}
-
-// 1 + exp(-u), to about two units in the last place: infinite from u = -89 down, NaN at NaN.
-static inline Vec<float> one_plus_exp_minus(Vec<float> u) {
-  // (2^f - 1) / f for |f| <= 1/2; 1.2e-7, relative to 2^f.
-  static constexpr float kPower[] = {
-      0x1.62e42ap-1f, 0x1.ebf9bap-3f, 0x1.c6b758p-5f, 0x1.3ceb1p-7f, 0x1.5bb986p-10f};
-  // The second operand is the result where one is NaN.
-  const __m256 t = _mm256_max_ps(_mm256_set1_ps(-89.5f), _mm256_min_ps(_mm256_set1_ps(87.0f), u.v));
-  // -u / ln 2 = n + f. The last bits of `shifted` are n + 126: the exponent of 2^(n - 1) (2^128 is no float).
-  const __m256 by = _mm256_set1_ps(-0x1.715476p+0f), shift = _mm256_set1_ps(0x1.8p23f + 126.0f);
-  const __m256 shifted = _mm256_fmadd_ps(t, by, shift);
-  const __m256 half = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
-  const __m256 f = _mm256_fmsub_ps(t, by, _mm256_sub_ps(shifted, shift));
-  const __m256 one = _mm256_set1_ps(1.0f);
-  const __m256 power = _mm256_mul_ps(_mm256_fmadd_ps(polynomial(f, kPower, 5), f, one), half);
-  return {_mm256_fmadd_ps(power, _mm256_set1_ps(2.0f), one)};
 }
 
 // Natural logarithm of positive, normal, finite numbers, to about one unit in the last place, near 1 too.
@@ -137,6 +145,8 @@ static inline void sincos_turns(Vec<double> turns, Vec<double>& sine, Vec<double
   sine.v = _mm256_xor_pd(_mm256_blendv_pd(s, c, swap), _mm256_castsi256_pd(sine_sign));
   cosine.v = _mm256_xor_pd(_mm256_blendv_pd(c, s, swap), _mm256_castsi256_pd(cosine_sign));
 }
+
+#endif
 
 }  // namespace LSGM_ISA
 }  // namespace lsgm

@@ -11,7 +11,7 @@
 #include <cstring>
 
 #include "common/cpu.h"
-
+#include "common/vec_math.h"
 #include "common/vector_loop.h"
 #include "depthwise_bn_swish/depthwise_bn_swish.h"
 
@@ -110,25 +110,7 @@ inline Eight fma8(const Eight& a, const Eight& b, const Eight& c) {
 inline Lane<float> swish(Lane<float> u) { return {u.v / (1.0f + std::exp(-u.v))}; }
 
 #if LSGM_VEC_AVX2
-inline Vec<float> swish(Vec<float> u) {
-  // (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2; the error of e^r is 1.1e-8 (least squares at Chebyshev nodes).
-  const __m256 minus = _mm256_sub_ps(_mm256_setzero_ps(), u.v);
-  // Above, 2^128 is infinite, and u / infinity is 0 to all digits of a normal number; below, e^-u + 1 is 1.
-  const __m256 x = _mm256_min_ps(_mm256_max_ps(minus, _mm256_set1_ps(-87.0f)), _mm256_set1_ps(89.0f));
-  const __m256 n = _mm256_round_ps(
-      _mm256_mul_ps(x, _mm256_set1_ps(0x1.715476p+0f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0x1.62e43p-1f), x);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-0x1.05c61p-29f), r);
-  __m256 y = _mm256_set1_ps(0x1.6d432ap-10f);
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(0x1.120b74p-7f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(0x1.5554e8p-5f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(0x1.5554dcp-3f));
-  y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(0.5f));
-  y = _mm256_fmadd_ps(_mm256_mul_ps(r, r), y, _mm256_add_ps(r, _mm256_set1_ps(1.0f)));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  const __m256 e = _mm256_mul_ps(y, _mm256_castsi256_ps(power));
-  return {_mm256_div_ps(u.v, _mm256_add_ps(e, _mm256_set1_ps(1.0f)))};
-}
+inline Vec<float> swish(Vec<float> u) { return div(u, one_plus_exp_minus(u)); }
 #endif
 
 inline Eight swish8(const Eight& u) {

@@ -36,13 +36,16 @@ py::dict build_report() {
 #if defined(LSGM_HAVE_AVX2)
   sets.push_back("avx2");
 #endif
+#if defined(LSGM_HAVE_AVX512)
+  sets.push_back("avx512");
+#endif
   report["instruction_sets"] = sets;
   return report;
 }
 
 py::dict cpu_report() {
   py::dict report;
-  report["instruction_set"] = lsgm::has_avx2() ? "avx2" : "scalar";
+  report["instruction_set"] = lsgm::has_avx512() ? "avx512" : lsgm::has_avx2() ? "avx2" : "scalar";
   return report;
 }
 

@@ -96,6 +96,14 @@ CASE("AVX2 kernels") {
 }
 #endif
 
+#if defined(LSGM_HAVE_AVX512)
+CASE("AVX-512 kernels") {
+  if (!has_avx512()) return;
+  check_kernels("avx512",
+      {&avx512::statistics, &avx512::apply, &avx512::backward_reduce, &avx512::backward_apply, &avx512::backward_both});
+}
+#endif
+
 CASE("the kernels chosen at run time") { check_kernels("cpu", kChosen); }
 
 CASE("channel by channel or part by part, the same bits") {

@@ -86,9 +86,9 @@ def _reasons(
     return why
 
 
-# Elements from which the kernel pays on the CPU: forward alone, and with gradients.
-_CPU_BREAK_EVEN = 131072
-_CPU_TRAINING_BREAK_EVEN = 196608
+# Elements from which the kernel pays on the CPU: forward alone, and with gradients by layout.
+_CPU_BREAK_EVEN = 49152
+_CPU_TRAINING_BREAK_EVEN = {torch.contiguous_format: 40960, torch.channels_last: 98304}
 
 
 def _slower(
@@ -105,9 +105,7 @@ def _slower(
         return [f"x has dtype {x.dtype}: on the CPU it pays for float32"]
     least, kind = _CPU_BREAK_EVEN, "without gradients"
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        if _prepare.dense_format(x) is torch.channels_last:
-            return ["with gradients and channels_last the reference is faster"]
-        least, kind = _CPU_TRAINING_BREAK_EVEN, "with gradients"
+        least, kind = _CPU_TRAINING_BREAK_EVEN[_prepare.dense_format(x)], "with gradients"
     if x.numel() < least:
         return [f"{kind} it pays from {least} elements, here are {x.numel()}"]
     return []
