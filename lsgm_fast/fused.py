@@ -104,21 +104,23 @@ def register_composed(
     priority: int,
     auto_reasons: Callable[..., list[str]] = lambda *args, **kwargs: [],
     tolerance: float = 4.0,
+    differentiable: bool = False,
 ) -> None:
-    """Register an implementation that is made of a library's calls: no operator of its own, and no gradients.
+    """Register an implementation that is made of a library's calls: no operator of its own.
 
-    ``available``: why it cannot run here at all, or None. The rest as in :func:`register`.
+    ``available``: why it cannot run here at all, or None. ``differentiable``: autograd goes through it. The rest as in
+    :func:`register`.
     """
     _composed[op.name, backend] = available
     op.register(
         Impl(
             backend,
             fn,
-            reasons=_with_availability(op, backend, reasons, differentiable=False),
+            reasons=_with_availability(op, backend, reasons, differentiable),
             auto_reasons=auto_reasons,
             priority=priority,
             self_tested=True,
-            differentiable=False,
+            differentiable=differentiable,
             tolerance=tolerance,
         )
     )

@@ -8,9 +8,7 @@ is fastest.
 Two things are done differently from the layers in order, with the same result up to rounding:
 
 - Nearest upsampling commutes with what works on single pixels, so that happens at the low resolution. The convolution
-  behind it sees 2x2 equal pixels: for each of the four positions (p, q) of an output pixel within them it is a smaller
-  convolution of the low resolution (:func:`phase_kernels`). Zero padding stays zero padding, because whole
-  low-resolution pixels lie outside of the image.
+  behind it becomes four smaller ones there (:mod:`lsgm_fast.composed.up_conv2d`).
 - Where the expanded tensor of an ``mconv`` cell would not stay in the cache, expansion, depthwise convolution and
   projection go through slices of its channels, and the projections add up.
 
@@ -25,6 +23,7 @@ from collections.abc import Sequence
 import torch
 
 import lsgm_fast  # its `ops` import this module
+from lsgm_fast.composed.up_conv2d import by_phases, interleave, phase_kernels
 from lsgm_fast.reference.nvae_cell import affine
 
 # Slices of the expanded tensor have at most so many bytes: a third of the last-level cache of common processors.
@@ -65,23 +64,6 @@ def forward(
         reduce, reduce_bias, expand, expand_bias = squeeze_excite
         return lsgm_fast.ops.se_residual(skip, y, reduce, reduce_bias, expand, expand_bias, scale)
     return torch.add(skip, y, alpha=scale)
-
-
-def phase_kernels(weight: torch.Tensor) -> torch.Tensor:
-    """The kernels of a convolution behind nearest x2, on what was enlarged.
-
-    (O, I, K, K), K = 3 or 5, stride 1 and padding K // 2 -> (2, 2, O, I, k, k), k = 2 or 3. Output pixel
-    (2i + p, 2j + q) is the (p, q)-th kernel at (i, j): tap m of a row hits low-resolution row
-    ``i + (p + m - K // 2) // 2``, and the taps that hit the same row add up. For K = 5 that is a 3x3 kernel with
-    padding 1; for K = 3, a 2x2 kernel that starts at (i + p - 1, j + q - 1).
-    """
-    size = weight.shape[-1]
-    rows = weight.new_zeros(2, size // 2 + 1, size)
-    for p in range(2):
-        first = (p - size // 2) // 2
-        for m in range(size):
-            rows[p, (p + m - size // 2) // 2 - first, m] = 1.0
-    return torch.einsum("pam,qbn,oimn->pqoiab", rows, rows, weight)
 
 
 def _mconv(
@@ -125,7 +107,7 @@ def _mconv(
                 outputs.append(_conv(inner, weight, t3))
             else:
                 _add_conv(outputs[i], inner, weight)
-    return _interleave(outputs) if up else outputs[0]
+    return interleave(outputs) if up else outputs[0]
 
 
 def _bnswish(
@@ -169,7 +151,7 @@ def _mconv_of_batch(
         x = _conv(x, depthwise, None, stride, 2, channels)
     y = _conv(_norm_of_batch(x, norms[8:12], eps), project)
     if up:
-        y = _interleave(y.chunk(4))
+        y = interleave(list(y.chunk(4)))
     return _norm_of_batch(y, norms[12:], eps, swish=False)
 
 
@@ -199,29 +181,7 @@ def _conv_behind_up(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, swish: bool
 ) -> torch.Tensor:
     """A 3x3 convolution of x enlarged by two."""
-    height, width = x.shape[2:]
-    # All four phases at once. With padding 1, row t of the result is at t - 1 and t of x.
-    kernels = phase_kernels(weight).flatten(0, 2)
-    phases = _conv(x, kernels, None if bias is None else bias.repeat(4), padding=1, swish=swish).chunk(
-        4, dim=1
-    )
-    return _interleave(
-        [y[:, :, i // 2 : i // 2 + height, i % 2 : i % 2 + width] for i, y in enumerate(phases)]
-    )
-
-
-def _interleave(phases: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Four (N, C, H, W), of the output pixels (2i, 2j), (2i, 2j + 1), (2i + 1, 2j), (2i + 1, 2j + 1), as one."""
-    n, c, height, width = phases[0].shape
-    result = torch.empty(
-        (n, c, 2 * height, 2 * width),
-        dtype=phases[0].dtype,
-        device=phases[0].device,
-        memory_format=torch.channels_last,
-    )
-    for i, phase in enumerate(phases):
-        result[:, :, i // 2 :: 2, i % 2 :: 2] = phase
-    return result
+    return by_phases(x, weight, bias, lambda x, weight, bias: _conv(x, weight, bias, padding=1, swish=swish))
 
 
 def _conv(

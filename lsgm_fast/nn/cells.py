@@ -41,7 +41,7 @@ class BNSwishConv(nn.Module):
     def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
         x = self.norm(x, batch_stats)
         if self.up:
-            x = ops.fir_resample(x, "up", fir=False)
+            return ops.up_conv2d(x, self.conv.normalized_weight(), self.conv.bias)
         return self.conv(x)
 
 
@@ -76,9 +76,8 @@ class BNSwish2Branch(nn.Module):
 
     def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
         x = self.norm1(x, batch_stats)
-        if self.up:
-            x = ops.fir_resample(x, "up", fir=False)
-        return self.conv2(self.norm2(self.conv1(x), batch_stats))
+        x = ops.up_conv2d(x, self.conv1.weight) if self.up else self.conv1(x)
+        return self.conv2(self.norm2(x, batch_stats))
 
     def tensors(self) -> Tensors:
         assert self.conv2.bias is not None

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lsgm_fast.ops.score_drift import score_drift
     from lsgm_fast.ops.score_matching_loss import score_matching_loss
     from lsgm_fast.ops.se_residual import se_residual
+    from lsgm_fast.ops.up_conv2d import up_conv2d
     from lsgm_fast.ops.weight_norm import weight_norm
 
 __all__: list[str] = []

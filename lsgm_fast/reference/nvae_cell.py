@@ -50,9 +50,8 @@ def nvae_cell(
     else:
         first, second = convs
         x = normalise(x, 0)
-        if up:
-            x = lsgm_fast.ops.fir_resample(x, "up", fir=False)
-        x = F.conv2d(x, first, biases[0] if len(biases) == 2 else None, stride, 1)
+        bias = biases[0] if len(biases) == 2 else None
+        x = lsgm_fast.ops.up_conv2d(x, first, bias) if up else F.conv2d(x, first, bias, stride, 1)
         y = F.conv2d(normalise(x, 1), second, biases[-1], 1, 1)
     if squeeze_excite:
         reduce, reduce_bias, expand, expand_bias = squeeze_excite
