@@ -6,7 +6,7 @@ Every function does the right thing in a single process without a process group.
 from __future__ import annotations
 
 import pickle
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -145,42 +145,64 @@ def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
     return (_all_reduce(total) / world_size()).to(tensor.dtype)
 
 
-def batch_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of every channel over (N, H, W) of the batches of all processes, differentiable.
+class BatchStatistics(NamedTuple):
+    """See :func:`batch_statistics`."""
 
-    Each process computes count n_k, mean m_k and sum of squared deviations M2_k of its own batch. One collective
-    gathers them, and with n = sum n_k::
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mean: torch.Tensor
+    var: torch.Tensor
+    elements: torch.Tensor
+
+
+def batch_statistics(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> BatchStatistics:
+    """What turns a BatchNorm with given statistics into one with those of the batches of all processes.
+
+    With ``s = batch_statistics(x, weight, bias, eps)``, whatever computes
+    ``(x - s.mean) / sqrt(s.var + eps) * s.weight + s.bias`` with mean and variance as constants (a fused kernel) has
+    the gradients of a normalisation by the global batch. Each process computes count n_k, mean m_k and sum of squared
+    deviations M2_k of its own batch. One collective gathers them, and with n = sum n_k::
 
         mean = sum n_k m_k / n
         var = (sum M2_k + sum n_k (m_k - mean)^2) / n
 
     (Chan, Golub, LeVeque 1979), which does not cancel as E[x^2] - E[x]^2 does, and holds for unequal batches. The
-    backward sums the gradients of mean and variance over the processes with one collective, so that x gets the
-    gradient of the *sum* of the processes' losses. DistributedDataParallel divides by the number of processes: with
-    losses that are means over equal batches, its gradients are those of the mean over the global batch.
+    missing part of the gradient of x follows from those of weight and bias: with xh = (x - mean) rstd, and their sums
+    over the processes, gw and gb, from one collective::
+
+        -weight rstd (gb + xh gw) / n
+
+    So x gets the gradient of the *sum* of the processes' losses. DistributedDataParallel divides by the number of
+    processes: with losses that are means over equal batches, its gradients are those of the mean over the global batch.
 
     Every process has to call this, and its backward, equally often; a batch may be empty (N = 0).
 
     Args:
         x: (N, C, H, W), any floating dtype, C the same in all processes. Arithmetic is float32 or wider.
+        weight, bias: (C,). eps: added to the variance.
 
     Returns:
-        ``(mean (C,), var (C,), count)``, the first two float32 or wider; count is n as 0-d float64 without a
-        gradient, on the device of x. An empty global batch has mean and variance 0.
+        weight and bias, as they came in but for their gradients' way back; mean and biased variance (C,), float32 or
+        wider, and n, the elements per channel, as 0-d float64 on the device of x, without gradients. An empty global
+        batch has mean and variance 0.
 
     Raises:
         ValueError: x is not 4-D or not floating-point.
     """
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(
-            f"batch_moments expects a floating-point x (N, C, H, W), got {x.dtype} {tuple(x.shape)}"
+            f"batch_statistics expects a floating-point x (N, C, H, W), got {x.dtype} {tuple(x.shape)}"
         )
-    return _BatchMoments.apply(x)
+    return BatchStatistics(*_BatchStatistics.apply(x, weight, bias, eps))
 
 
-class _BatchMoments(torch.autograd.Function):
+class _BatchStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, ...]:
         channels = x.shape[1]
         local = x.shape[0] * x.shape[2] * x.shape[3]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -198,18 +220,23 @@ class _BatchMoments(torch.autograd.Function):
         mean = (counts * means).sum(dim=0) / divisor
         variance = (squares + counts * (means - mean).square()).sum(dim=0) / divisor
         mean, variance = mean.to(wide.dtype), variance.to(wide.dtype)
-        ctx.save_for_backward(x, mean, divisor)
-        ctx.mark_non_differentiable(count)
-        return mean, variance, count
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps), divisor)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return weight.view_as(weight), bias.view_as(bias), mean, variance, count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_mean: torch.Tensor, d_variance: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        x, mean, count = ctx.saved_tensors
+    def backward(
+        ctx: Any, d_weight: torch.Tensor, d_bias: torch.Tensor, *_: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, rstd, count = ctx.saved_tensors
         # The statistics of this batch went into the losses of all processes.
-        d_mean, d_variance = _all_reduce(torch.stack((d_mean, d_variance))) / count
-        d_mean, d_variance, mean = (v[:, None, None] for v in (d_mean, d_variance, mean))
-        return (d_mean + 2.0 * d_variance * (x - mean)).to(x.dtype)
+        total_weight, total_bias = _all_reduce(torch.stack((d_weight, d_bias))) / count
+        slope = (weight * rstd.square() * total_weight).to(mean.dtype)
+        offset = (weight * rstd * total_bias).to(mean.dtype)
+        centred = x - mean[:, None, None]  # first: slope x - slope mean would cancel far from 0
+        grad = centred.mul_(-slope[:, None, None]).sub_(offset[:, None, None])
+        return grad.to(x.dtype), d_weight, d_bias, None
 
 
 def _initialised() -> bool:

@@ -212,47 +212,72 @@ def rand(*shape, seed=1, dtype=torch.float64):
     return random.normal(seed, range(1), "test", shape, dtype=torch.float64)[0].to(dtype)
 
 
-def test_batch_moments_and_their_gradients_in_one_process():
-    x = rand(3, 2, 4, 5).requires_grad_()
-    mean, var, count = distributed.batch_moments(x)
+def statistics(x, channels=None):
+    channels = x.shape[1] if channels is None else channels
+    return distributed.batch_statistics(x, torch.ones(channels), torch.zeros(channels), 1e-5)
+
+
+def test_batch_statistics_and_their_gradients_in_one_process():
+    x, weight, bias = (t.requires_grad_() for t in (rand(3, 2, 4, 5), rand(2, seed=2), rand(2, seed=3)))
+    found = distributed.batch_statistics(x, weight, bias, 0.1)
     pixels = x.detach().transpose(0, 1).flatten(1)
-    torch.testing.assert_close(mean, pixels.mean(dim=1), rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(var, pixels.var(dim=1, correction=0), rtol=1e-14, atol=1e-14)
-    assert float(count) == 60.0 and not count.requires_grad
-    assert torch.autograd.gradcheck(lambda v: distributed.batch_moments(v)[:2], (x,))
-    assert torch.autograd.gradcheck(lambda v: distributed.batch_moments(v)[1], (x,))
+    torch.testing.assert_close(found.mean, pixels.mean(dim=1), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(found.var, pixels.var(dim=1, correction=0), rtol=1e-14, atol=1e-14)
+    assert torch.equal(found.weight, weight) and torch.equal(found.bias, bias)
+    assert float(found.elements) == 60.0
+    assert not (found.elements.requires_grad or found.mean.requires_grad or found.var.requires_grad)
+
+    def normalised(*args):
+        s = distributed.batch_statistics(*args, 0.1)
+        return torch.nn.functional.batch_norm(args[0], s.mean, s.var, s.weight, s.bias, eps=0.1)
+
+    assert torch.autograd.gradcheck(normalised, (x, weight, bias))
 
 
-def test_batch_moments_do_not_cancel():
-    """In float32, E[x^2] - E[x]^2 of these numbers is wrong in its first digit."""
+def test_batch_statistics_do_not_cancel():
+    """In float32, E[x^2] - E[x]^2 of these numbers is wrong in its first digit, and so would be x * scale + shift."""
     x = 1e4 + rand(4, 3, 8, 8)
-    var = distributed.batch_moments(x.float())[1]
+    var = statistics(x.float()).var
     expected = x.float().double().var(dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(var.double(), expected, rtol=1e-5, atol=0.0)
 
 
+def test_gradients_far_from_zero():
+    x, grad = 1e3 + rand(4, 3, 8, 8).float(), rand(4, 3, 8, 8, seed=2)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        layer = BatchNormSwish(3).to(dtype)
+        own = x.to(dtype).requires_grad_()
+        y = layer._over_all_processes(own)[0]
+        found.append(torch.autograd.grad(y, own, grad.to(dtype))[0].double())
+    layer, own = BatchNormSwish(3).double(), x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(layer(own), own, grad)
+    torch.testing.assert_close(found[1], expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_batch_moments_of_half_precision_are_float32(dtype):
+def test_batch_statistics_of_half_precision_are_float32(dtype):
     x = (3.0 + rand(4, 3, 32, 32)).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        mean, var, _ = distributed.batch_moments(x)
+        weight, bias, mean, var, _ = statistics(x)
     assert mean.dtype == var.dtype == torch.float32
     wide = x.detach().double()
     torch.testing.assert_close(mean.double(), wide.mean(dim=(0, 2, 3)), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(var.double(), wide.var(dim=(0, 2, 3), correction=0), rtol=1e-6, atol=0.0)
-    (mean.sum() + var.sum()).backward()
+    (weight.sum() + bias.sum()).backward()
     assert x.grad.dtype == dtype
 
 
-def test_batch_moments_of_nothing():
-    mean, var, count = distributed.batch_moments(torch.zeros(0, 2, 4, 4))
+def test_batch_statistics_of_nothing():
+    _, _, mean, var, count = statistics(torch.zeros(0, 2, 4, 4))
     assert torch.equal(mean, torch.zeros(2)) and torch.equal(var, torch.zeros(2)) and float(count) == 0.0
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 3), torch.zeros(1, 2, 3, 3, dtype=torch.int64)])
-def test_batch_moments_of_something_else(x):
-    with pytest.raises(ValueError, match="batch_moments expects"):
-        distributed.batch_moments(x)
+def test_batch_statistics_of_something_else(x):
+    with pytest.raises(ValueError, match="batch_statistics expects"):
+        statistics(x)
 
 
 # -- two processes against one ---------------------------------------------------------------------------------------

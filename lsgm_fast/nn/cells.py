@@ -102,9 +102,13 @@ class MBConvBranch(nn.Module):
         self.project_norm = BatchNormSwish(out_channels, swish=False)
 
     def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
+        # Repeating pixels changes neither what works on each of them nor their mean and variance: it waits until the
+        # convolution that sees neighbours.
+        repeats = 4 if self.up else 1
+        x = self.expand(self.norm(x, batch_stats, repeats))
+        x = self.expand_norm(x, batch_stats, repeats)
         if self.up:
             x = ops.fir_resample(x, "up", fir=False)
-        x = self.expand_norm(self.expand(self.norm(x, batch_stats)), batch_stats)
         # The statistics behind the depthwise convolution need its output, so only the convolution is fused.
         x = ops.depthwise_bn_swish(x, self.depthwise.weight, self.stride)
         return self.project_norm(self.project(self.depthwise_norm(x, batch_stats)), batch_stats)

@@ -80,8 +80,11 @@ class BatchNormSwish(nn.Module):
 
     In training mode the batch's statistics normalise and the running ones are updated (momentum 0.05, unbiased
     variance). In eval mode the running statistics normalise, or with ``batch_stats`` the batch's, updating nothing.
-    In a process group, the batch is that of all processes (:func:`lsgm_fast.distributed.batch_moments`), and all of
+    In a process group, the batch is that of all processes (:func:`lsgm_fast.distributed.batch_statistics`), and all of
     them have to make the call.
+
+    ``repeats``: how often every element will be repeated behind this layer; the running statistics become those of what
+    is repeated, n times ``repeats`` elements (as if it had been repeated in front).
     """
 
     running_mean: torch.Tensor
@@ -97,28 +100,32 @@ class BatchNormSwish(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch_stats: bool = False, repeats: int = 1) -> torch.Tensor:
         batch_stats = batch_stats or self.training
+        count: torch.Tensor | float
         if batch_stats and distributed.world_size() > 1:
-            y, mean, var = self._over_all_processes(x)
+            y, mean, var, count = self._over_all_processes(x)
         else:
             y, mean, var = ops.bn_swish(x, *self.tensors(), batch_stats, BN_EPS, self.swish)
+            count = float(x.numel() // x.shape[1])
         if self.training and not recomputing():
             with torch.no_grad():
+                if repeats > 1:
+                    var = var * (repeats * (count - 1.0) / (repeats * count - 1.0))
                 self.running_mean.lerp_(mean, BN_MOMENTUM)
                 self.running_var.lerp_(var, BN_MOMENTUM)
                 self.num_batches_tracked += 1
         return y
 
-    def _over_all_processes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What :func:`ops.bn_swish` returns with ``batch_stats``, for the batches of all processes together."""
-        mean, var, count = distributed.batch_moments(x)
-        centred = x - mean[:, None, None]
-        scale = self.weight * torch.rsqrt(var + BN_EPS)
-        u = torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
-        y = F.silu(u) if self.swish else u
+    def _over_all_processes(
+        self, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What :func:`ops.bn_swish` returns with ``batch_stats``, for the batches of all processes together, and how
+        many elements a channel has there."""
+        weight, bias, mean, var, count = distributed.batch_statistics(x, self.weight, self.bias, BN_EPS)
+        y = ops.bn_swish(x, weight, bias, mean, var, False, BN_EPS, self.swish)[0]
         unbiased = var * (count / (count - 1.0).clamp(min=1.0))
-        return y.to(x.dtype), mean.to(self.running_mean.dtype), unbiased.to(self.running_var.dtype)
+        return y, mean.to(self.running_mean.dtype), unbiased.to(self.running_var.dtype), count
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weight, bias, running mean and running variance."""
@@ -154,12 +161,24 @@ class FactorizedReduce(nn.Module):
         super().__init__()
         quarter = out_channels // 4
         widths = (quarter, quarter, quarter, out_channels - 3 * quarter)
-        self.conv = nn.ModuleList(WeightNormConv2d(in_channels, w, 1, stride=2) for w in widths)
+        self.conv = nn.ModuleList(WeightNormConv2d(in_channels, w, 1) for w in widths)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, channels, height, width = x.shape
         x = F.silu(x)
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        # All four phases in one copy, each as dense as a convolution likes it, and one copy back for the gradient.
+        x = x.reshape(n, channels, height // 2, 2, width // 2, 2)
+        if last:
+            phases = [p.permute(0, 3, 1, 2) for p in x.permute(3, 5, 0, 2, 4, 1).flatten(0, 1).unbind()]
+        else:
+            phases = list(x.permute(3, 5, 0, 1, 2, 4).flatten(0, 1).unbind())
         return torch.cat(
-            [conv(x[:, :, i:, j:]) for conv, (i, j) in zip(self.conv, self.PHASES, strict=True)], dim=1
+            [
+                F.conv2d(phases[2 * i + j], conv.normalized_weight(), conv.bias)
+                for conv, (i, j) in zip(self.conv, self.PHASES, strict=True)
+            ],
+            dim=1,
         )
 
 

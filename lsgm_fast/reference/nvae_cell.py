@@ -36,12 +36,15 @@ def nvae_cell(
 
     if len(convs) == 3:
         expand, depthwise, project = convs
-        if up:
-            x = lsgm_fast.ops.fir_resample(x, "up", fir=False)
         x = F.conv2d(normalise(x, 0, swish=False), expand)
         if batch_stats:
+            # Repeated pixels have the mean and the variance of those that are repeated.
+            x = normalise(x, 1)
+        if up:
+            x = lsgm_fast.ops.fir_resample(x, "up", fir=False)
+        if batch_stats:
             # The statistics behind the depthwise convolution need its output.
-            x = normalise(lsgm_fast.ops.depthwise_bn_swish(normalise(x, 1), depthwise, stride), 2)
+            x = normalise(lsgm_fast.ops.depthwise_bn_swish(x, depthwise, stride), 2)
         else:
             x = lsgm_fast.ops.depthwise_bn_swish(
                 x, depthwise, stride, *affine(norms[4:8], eps), *affine(norms[8:12], eps)
