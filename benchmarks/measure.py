@@ -24,6 +24,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -473,6 +475,71 @@ def _holds_cuda_context() -> bool:
     import torch
 
     return torch.cuda.is_initialized()
+
+
+# -- a process of its own --------------------------------------------------------------------------------------------
+
+# Below the minute after which validate.sh kills a part: its record is still written.
+GRACE_SECONDS = 45.0
+
+
+def in_own_process(module: str, task: dict[str, Any], budget: Budget) -> dict[str, Any]:
+    """What :func:`run_task` writes in ``python -m <module> --one-case FOLDER``, a process that nothing else has filled.
+
+    It gets this process's number of threads and the budget's rest, and :data:`GRACE_SECONDS` more for what is under way
+    when the budget ends. What it wrote last counts, with the reason under ``stopped`` if it came to no good end; where
+    it wrote nothing, because it was killed for want of memory for instance, there is a ``failure``, as of an exception.
+
+    Raises:
+        OutOfTime: the budget ended before there was a result.
+    """
+    import torch
+
+    budget.check()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        own = {"threads": torch.get_num_threads(), "budget": budget.remaining()}
+        write_json(folder / "case.json", task | own)
+        stopped = ""
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", module, "--one-case", name],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=budget.remaining() + GRACE_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            stopped = f"{OUT_OF_TIME} of {budget.seconds:g} s is used up"
+            result = {"out_of_time": stopped}
+        else:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            result = {"failure": f"the process ended with status {done.returncode}: {last[0]}"}
+            if done.returncode:
+                stopped = result["failure"]
+        if (folder / "result.json").exists():
+            result = json.loads((folder / "result.json").read_text())
+            if stopped:
+                result["stopped"] = stopped
+    if "out_of_time" in result:
+        raise OutOfTime(result["out_of_time"])
+    return result
+
+
+def run_task(folder: Path, run: Callable[[dict[str, Any], Budget], dict[str, Any]]) -> None:
+    """The other side of :func:`in_own_process`: hand the task of a folder to ``run``, and write what it returns."""
+    import torch
+
+    task = json.loads((folder / "case.json").read_text())
+    torch.set_num_threads(task["threads"])
+    try:
+        result = run(task, Budget(task["budget"]))
+    except OutOfTime as error:
+        result = {"out_of_time": str(error)}
+    except Exception as error:  # a case may fail for any reason, and the others go on
+        result = {"failure": f"{type(error).__name__}: {error}".splitlines()[0]}
+    write_json(folder / "result.json", result)
 
 
 # -- the record -----------------------------------------------------------------------------------------------------

@@ -23,12 +23,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import resource
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -42,6 +39,7 @@ import torch
 from benchmarks import measure
 from benchmarks.measure import Budget, MachineBusy, OutOfTime, measured, not_measured
 from benchmarks.published import settings
+from lsgm_fast.config import LSGMConfig
 from lsgm_fast.data import Batch, DataConfig, batches
 from lsgm_fast.dispatch import record
 from lsgm_fast.errors import unknown_name
@@ -56,6 +54,7 @@ OBJECTIVES = {
     "algorithm3": ObjectiveConfig(p_mode="drop_sigma2t_iw"),
     "frozen": ObjectiveConfig(p_mode="drop_sigma2t_iw", train_vae=False),
 }
+MODELS = (*RECIPES, *(name for name in PRESETS if name not in RECIPES))
 STEPS = ("vae", *OBJECTIVES)
 PARTS = ("forward", "backward", "optimizer", "rest")
 FIGURES = ("step", "images_per_second", "split", "peak_memory")
@@ -104,10 +103,14 @@ def configuration(case: Case, images: Path) -> TrainingConfig:
     )
 
 
+def model_of(name: str) -> LSGMConfig:
+    """The model of a recipe or a preset."""
+    return RECIPES[name].vae.model if name in RECIPES else PRESETS[name]
+
+
 def random_images(case: Case, path: Path) -> None:
     """Two batches of uniformly random pixels of the model's size."""
-    model = RECIPES[case.recipe].vae.model if case.recipe in RECIPES else PRESETS[case.recipe]
-    vae = model.vae
+    vae = model_of(case.recipe).vae
     side = vae.image_size - 2 * vae.crop
     shape = (2 * case.batch, side, side, vae.image_channels)
     np.savez(path, images=np.random.default_rng(0).integers(0, 256, shape, np.uint8))
@@ -266,23 +269,13 @@ def run_case(
 
 
 def in_this_process(folder: Path) -> None:
-    """Read ``case.json`` of a folder, run the case, and write ``result.json``."""
-    task = json.loads((folder / "case.json").read_text())
-    torch.set_num_threads(task["threads"])
-    try:
-        result = run_case(
-            Case(**task["case"]),
-            folder,
-            fewest=task["fewest"],
-            most=task["most"],
-            allowed=task["allowed"],
-            budget=Budget(task["budget"]),
-        )
-    except OutOfTime as error:
-        result = {"out_of_time": str(error)}
-    except Exception as error:  # a case may fail for any reason, and the others go on
-        result = {"failure": f"{type(error).__name__}: {error}".splitlines()[0]}
-    measure.write_json(folder / "result.json", result)
+    """Run the case of a folder, for :func:`measure.in_own_process`."""
+
+    def run(task: dict[str, Any], budget: Budget) -> dict[str, Any]:
+        limits = {name: task[name] for name in ("fewest", "most", "allowed")}
+        return run_case(Case(**task["case"]), folder, budget=budget, **limits)
+
+    measure.run_task(folder, run)
 
 
 # -- all cases ------------------------------------------------------------------------------------------------------
@@ -294,38 +287,8 @@ def time_case(case: Case, budget: Budget, *, fewest: int, most: int, allowed: fl
     Raises:
         OutOfTime: the budget ended before one step was finished.
     """
-    budget.check()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        task = {
-            "case": dataclasses.asdict(case),
-            "threads": torch.get_num_threads(),
-            "fewest": fewest,
-            "most": most,
-            "allowed": allowed,
-            "budget": budget.remaining(),
-        }
-        measure.write_json(folder / "case.json", task)
-        command = [sys.executable, "-m", "benchmarks.train", "--one-case", name]
-        try:
-            # A step under way when the budget ends is finished, unless it takes very long.
-            done = subprocess.run(
-                command,
-                cwd=measure.ROOT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                timeout=budget.remaining() + 60.0,
-            )
-        except subprocess.TimeoutExpired:
-            raise OutOfTime(f"{measure.OUT_OF_TIME} of {budget.seconds:g} s is used up") from None
-        if (folder / "result.json").exists():
-            result = json.loads((folder / "result.json").read_text())
-        else:  # killed, for want of memory for instance
-            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-            result = {"failure": f"the process ended with status {done.returncode}: {last[0]}"}
-    if "out_of_time" in result:
-        raise OutOfTime(result["out_of_time"])
+    task = {"case": dataclasses.asdict(case), "fewest": fewest, "most": most, "allowed": allowed}
+    result = measure.in_own_process("benchmarks.train", task, budget)
     failures = [result["failure"]] if "failure" in result else []
     missing = {name: not_measured(f"the case failed: {failures[0]}") for name in FIGURES} if failures else {}
     return {
@@ -396,7 +359,7 @@ def main(
         in_this_process(options.one_case)
         return 0
     for kind, values, valid in (
-        ("recipe", options.recipe, [*RECIPES, *(name for name in PRESETS if name not in RECIPES)]),
+        ("recipe", options.recipe, MODELS),
         ("kind of step", options.steps, STEPS),
         ("precision", [options.precision], PRECISIONS),
     ):

@@ -15,6 +15,7 @@ parts (default: all)
   kernels                  every fused kernel against float64 on all sample inputs, and under compute-sanitizer
   ops                      fused operations against eager and torch.compile, with achieved bandwidth
   solver                   whole solves with a network that costs nothing: the solver's own arithmetic
+  decode                   latents to images: eager, torch.compile and the kernels, beside the floor of bytes
   time-small               mnist, omniglot
   time-cifar               cifar10-fid (cifar10-balanced has the same networks)
   time-cifar-nll           cifar10-nll
@@ -43,20 +44,21 @@ die() {
   exit 2
 }
 
-all_parts=(env build tests kernels ops solver time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
+all_parts=(env build tests kernels ops solver decode time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
 parts=()
 budget=420
 dry_run=0
 timing=()
 ops=()
 solver=()
+decode=()
 common=()
 
 while (($#)); do
   case $1 in
     --budget) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--budget expects seconds, got '${2:-}'"; budget=$2; shift ;;
     --dry-run) dry_run=1 ;;
-    --force) timing+=(--force); ops+=(--force); solver+=(--force) ;;
+    --force) timing+=(--force); ops+=(--force); solver+=(--force); decode+=(--force) ;;
     --no-solved) timing+=(--no-solved) ;;
     --commit) [[ -n ${2:-} ]] || die "--commit expects a commit"; common+=(--commit "$2"); shift ;;
     -h | --help) usage; exit 0 ;;
@@ -95,6 +97,7 @@ if ((dry_run)); then
   timing+=(--force --batch 2 --repeats 3 3)
   ops+=(--quick --rounds 3 --force)
   solver+=(--force --batch 2 --rounds 2)
+  decode+=(--force --batch 2 --repeats 3 3)
 else
   common+=(--device cuda)
 fi
@@ -102,7 +105,7 @@ fi
 presets_of() {
   if ((dry_run)); then
     case $1 in
-      time-small) echo tiny-binary ;;
+      time-small | decode) echo tiny-binary ;;
       solver) echo tiny-rgb ;;
       time-cifar*) echo tiny-rgb ;;
       time-celeba*) echo tiny-multiscale ;;
@@ -112,6 +115,7 @@ presets_of() {
   case $1 in
     time-small) echo mnist omniglot ;;
     solver) echo mnist cifar10-fid cifar10-nll celebahq256-quantitative celebahq256-qualitative ;;
+    decode) echo mnist cifar10-nll celebahq256-quantitative ;;
     time-cifar) echo cifar10-fid ;;
     time-cifar-nll) echo cifar10-nll ;;
     time-celeba) echo celebahq256-quantitative ;;
@@ -139,6 +143,11 @@ run_part() {
       read -ra presets <<<"$(presets_of "$1")"
       limited "$python" -m benchmarks.solver --presets "${presets[@]}" --budget "$budget" \
         ${solver[@]+"${solver[@]}"} "${common[@]}"
+      ;;
+    decode)
+      read -ra presets <<<"$(presets_of "$1")"
+      limited "$python" -m benchmarks.decode --presets "${presets[@]}" --budget "$budget" \
+        ${decode[@]+"${decode[@]}"} "${common[@]}"
       ;;
     kernels) limited "$python" -m benchmarks.kernels "${common[@]}" --budget "$budget" ;;
     time-*)
