@@ -3,6 +3,7 @@
     python -m benchmarks.train                                   digits and mnist, batch 8, every kind of step
     python -m benchmarks.train --recipe cifar10-fid --steps algorithm3 --batch 32 --precision bf16 --device cuda
     python -m benchmarks.train --recipe mnist --recompute        the same with less memory
+    python -m benchmarks.train --backends reference auto         every case with either, and the ratios
 
 Timed is the trainer's own step: the batch (random pixels, so no data set is needed), all random draws, forward and
 backward pass, the checks for NaN, regularisation, clipping, optimizers and the average of the weights; no log, no
@@ -11,7 +12,11 @@ and ``frozen`` (stage 2 with a VAE that stays as it is). In stage 2 the KL coeff
 
 Every case runs in a process of its own, which nothing before it has filled. ``peak_memory`` is
 that of CUDA's allocator on a GPU. On a CPU it is the largest resident size minus that before the model was built. In
-both cases it holds weights, optimizer states and gradients as well.
+both cases it holds weights, optimizer states and gradients as well, and is that of the steps behind the first one, in
+which kernels may test themselves. On a CPU some MiB of such a test stay: to compare backends, run the command twice.
+
+With several ``--backends`` every case runs once with each, and ``over_first`` has the ratios of the medians of ``step``
+and ``peak_memory`` to those of the first.
 
 ``split`` comes from steps of its own that wait for the device after every part: ``forward`` is the objective's,
 ``backward`` lasts until the gradients are complete (with the check of the loss), ``optimizer`` is unscaling, norms,
@@ -28,7 +33,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +42,11 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.measure import Budget, MachineBusy, OutOfTime, measured, not_measured
+from benchmarks.measure import Budget, MachineBusy, OutOfTime, extrapolated, measured, not_measured
 from benchmarks.published import settings
 from lsgm_fast.config import LSGMConfig
 from lsgm_fast.data import Batch, DataConfig, batches
-from lsgm_fast.dispatch import record
+from lsgm_fast.dispatch import parse_choice, record, use_backend
 from lsgm_fast.errors import unknown_name
 from lsgm_fast.presets import PRESETS
 from lsgm_fast.training import RECIPES, KLConfig, ObjectiveConfig, Trainer, TrainingConfig
@@ -57,6 +62,7 @@ OBJECTIVES = {
 MODELS = (*RECIPES, *(name for name in PRESETS if name not in RECIPES))
 STEPS = ("vae", *OBJECTIVES)
 PARTS = ("forward", "backward", "optimizer", "rest")
+COMPARED = ("step", "peak_memory")
 FIGURES = ("step", "images_per_second", "split", "peak_memory")
 
 # A run of which only the first steps are taken, at learning rates near 0.
@@ -65,7 +71,11 @@ RUN_STEPS = 1_000_000
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of step of one model. ``channels_last``: None: as the recipe has it."""
+    """One kind of step of one model.
+
+    ``channels_last``: None: as the recipe has it. ``backend``: as for :func:`lsgm_fast.use_backend`; None: what the
+    environment says, ``"auto"`` where it says nothing.
+    """
 
     recipe: str
     step: str
@@ -74,9 +84,10 @@ class Case:
     recompute: bool
     channels_last: bool | None
     device: str
+    backend: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.recipe} {self.step}"
+        return " ".join(filter(None, (self.recipe, self.step, self.backend)))
 
 
 def configuration(case: Case, images: Path) -> TrainingConfig:
@@ -205,6 +216,13 @@ def _forget_largest() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def _forget_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        _forget_largest()
+
+
 def _peak_memory(device: str, before: int, largest_before: int) -> measure.Figure:
     if device.startswith("cuda"):
         return measured([torch.cuda.max_memory_allocated(device)], "bytes")
@@ -234,7 +252,8 @@ def run_case(
     trainer._train_mode()
     stream = batches(trainer.source, config.data, batch_size=case.batch, seed=config.seed)
     with record() as log:
-        seconds(trainer, stream)  # not timed: the self-test of kernels may be a part of it
+        seconds(trainer, stream)  # neither timed nor weighed: the self-test of kernels may be a part of it
+    _forget_peak(case.device)
     times = measure.repeat(
         lambda: seconds(trainer, stream),
         warmup=1,
@@ -273,7 +292,9 @@ def in_this_process(folder: Path) -> None:
 
     def run(task: dict[str, Any], budget: Budget) -> dict[str, Any]:
         limits = {name: task[name] for name in ("fewest", "most", "allowed")}
-        return run_case(Case(**task["case"]), folder, budget=budget, **limits)
+        case = Case(**task["case"])
+        with nullcontext() if case.backend is None else use_backend(case.backend):
+            return run_case(case, folder, budget=budget, **limits)
 
     measure.run_task(folder, run)
 
@@ -299,22 +320,55 @@ def time_case(case: Case, budget: Budget, *, fewest: int, most: int, allowed: fl
     }
 
 
+def compare(entries: Sequence[dict[str, Any]], first: str) -> None:
+    """Give every entry of another backend ``over_first``: its ratios to the same case on the backend ``first``."""
+
+    def of(entry: dict[str, Any]) -> tuple[str, str]:
+        return entry["parameters"]["recipe"], entry["parameters"]["step"]
+
+    base = {of(entry): entry["figures"] for entry in entries if entry["parameters"]["backend"] == first}
+    for entry in entries:
+        if entry["parameters"]["backend"] == first:
+            continue
+        entry["figures"]["over_first"] = {
+            name: _ratio(entry["figures"][name], base.get(of(entry), {}).get(name), f"{name} on {first}")
+            for name in COMPARED
+        }
+
+
+def _ratio(figure: measure.Figure, other: measure.Figure | None, what: str) -> measure.Figure:
+    if figure["kind"] != "measured":
+        return not_measured(figure["reason"])
+    if other is None or other["kind"] != "measured":
+        return not_measured(f"there is no {what}" if other is None else other["reason"])
+    return extrapolated(figure["median"] / other["median"], "ratio", f"its median over that of {what}")
+
+
 def table(entries: Sequence[dict[str, Any]]) -> str:
     """The entries as text, one line per case; ``-`` where nothing was measured."""
+    several = any("over_first" in entry["figures"] for entry in entries)
 
     def cell(figure: dict[str, Any], width: int, scale: float = 1.0, digits: int = 1) -> str:
-        known = figure.get("kind") == "measured"
-        return (f"{figure['median'] * scale:.{digits}f}" if known else "-").rjust(width)
+        number = figure.get("median", figure.get("value"))
+        return ("-" if number is None else f"{number * scale:.{digits}f}").rjust(width)
 
-    head = f"{'recipe':<31}{'step':<11}{'batch':>6} {'precision':<10}{'images/s':>10}{'ms':>10}"
-    lines = [head + "".join(part.rjust(11) for part in PARTS) + f"{'peak MiB':>10}"]
+    # Without a second backend there is no column: a width and a precision of 0.
+    wide = max(len(entry["parameters"]["backend"]) + 2 for entry in entries) if several else 0
+    head = f"{'recipe':<31}{'step':<11}{'backend':<{wide}.{wide}}{'batch':>6} {'precision':<10}"
+    head += f"{'images/s':>10}{'ms':>10}"
+    ratios = f"{'x ms':>8}{'x peak':>8}" if several else ""
+    lines = [head + "".join(part.rjust(11) for part in PARTS) + f"{'peak MiB':>10}" + ratios]
     for entry in entries:
         p, figures = entry["parameters"], entry["figures"]
         lines.append(
-            f"{p['recipe']:<31}{p['step']:<11}{p['batch']:>6} {p['precision']:<10}"
+            f"{p['recipe']:<31}{p['step']:<11}{p['backend'] or '':<{wide}.{wide}}"
+            f"{p['batch']:>6} {p['precision']:<10}"
             f"{cell(figures['images_per_second'], 10, digits=2)}{cell(figures['step'], 10, 1e3)}"
             + "".join(cell(figures["split"].get(part, {}), 11, 1e3) for part in PARTS)
             + cell(figures["peak_memory"], 10, 2**-20)
+            + "".join(
+                cell(figures.get("over_first", {}).get(name, {}), 8, digits=2) for name in COMPARED if several
+            )
         )
     lines.append("medians; ms per step and of its parts, which come from steps that wait after each part")
     return "\n".join(lines)
@@ -334,6 +388,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--recompute", action="store_true", help="activations anew in the backward pass")
     found.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, help="default: as the recipe"
+    )
+    found.add_argument(
+        "--backends",
+        nargs="+",
+        default=[None],
+        metavar="SPEC",
+        help="as in LSGM_FAST_BACKEND, to compare with the first; default: that variable's, or auto",
     )
     found.add_argument("--device", default="cpu")
     found.add_argument("--repeats", type=int, nargs=2, default=[5, 20], metavar=("FEWEST", "MOST"))
@@ -366,6 +427,13 @@ def main(
         for value in values:
             if value not in valid:
                 known.error(str(unknown_name(kind, value, valid)))
+    try:
+        for backend in filter(None, options.backends):
+            parse_choice(backend)
+    except ValueError as error:
+        known.error(str(error))
+    if len(set(options.backends)) < len(options.backends):
+        known.error(f"expected each of --backends once, got {' '.join(options.backends)}")
     fewest, most = options.repeats
     if not 1 <= fewest <= most or options.batch < 1:
         known.error(
@@ -388,9 +456,11 @@ def main(
             options.recompute,
             options.channels_last,
             options.device,
+            backend,
         )
         for recipe in options.recipe
         for step in options.steps
+        for backend in options.backends
     ]
     budget = Budget(options.budget)
     entries, left_out = [], []
@@ -404,6 +474,7 @@ def main(
             continue
         for failure in entries[-1]["failures"]:
             report(f"{case}: failed: {failure}")
+    compare(entries, options.backends[0])
     written = measure.write_record(
         measure.results_folder(options.out, options.dry_run),
         options.device,

@@ -90,6 +90,65 @@ def test_record_of_a_tiny_preset(tmp_path: Path, idle: None, capsys: pytest.Capt
     assert all(float(text) > 0.0 for text in shown) and (shown == line[4:] or line[-1] == "-")
 
 
+def test_backends_are_compared(tmp_path: Path, idle: None, capsys: pytest.CaptureFixture[str]) -> None:
+    forced = "auto,bn_swish=cpu"
+    arguments = [
+        "--recipe",
+        "tiny-binary",
+        "--steps",
+        "vae",
+        "--batch",
+        "2",
+        "--repeats",
+        "3",
+        "3",
+        "--dry-run",
+    ]
+    arguments += ["--backends", "reference", forced]
+    assert train.main([*arguments, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/train.json")
+    record = json.loads(path.read_text())
+    measure.check_record(record)
+    first, second = record["cases"]
+    assert [e["parameters"]["backend"] for e in (first, second)] == ["reference", forced]
+    assert set(first["backends"].values()) == {"reference"} and second["backends"]["bn_swish"] == "cpu"
+    assert "over_first" not in first["figures"]
+    ratios = second["figures"]["over_first"]
+    assert set(ratios) == {"step", "peak_memory"}
+    for name, ratio in ratios.items():
+        figures = [entry["figures"][name] for entry in (second, first)]
+        if all(figure["kind"] == "measured" for figure in figures):
+            assert ratio["value"] == pytest.approx(figures[0]["median"] / figures[1]["median"])
+        else:  # see above: a kernel that does not reset the largest size
+            assert name == "peak_memory" and ratio["kind"] == "not_measured" and not _resets_the_largest()
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[2] == "backend" and out[0].endswith("x ms  x peak")
+    lines = [line.split() for line in out if line.startswith("tiny-binary")]
+    assert [line[2] for line in lines] == ["reference", forced]
+    assert lines[0][-2:] == ["-", "-"] and float(lines[1][-2]) == pytest.approx(
+        ratios["step"]["value"], abs=0.006
+    )
+
+
+def test_ratios_are_those_of_the_same_case() -> None:
+    def entry(step: str, backend: str, seconds: float | None) -> dict[str, Any]:
+        figure = measure.not_measured("killed") if seconds is None else measure.measured([seconds], "s")
+        figures = {"step": figure, "peak_memory": figure}
+        return {"parameters": {"recipe": "digits", "step": step, "backend": backend}, "figures": figures}
+
+    entries = [
+        entry("vae", "a", 2.0),
+        entry("frozen", "a", None),
+        entry("vae", "b", 1.0),
+        entry("frozen", "b", 3.0),
+    ]
+    entries += [entry("vae", "c", None), entry("algorithm1", "b", 1.0)]
+    train.compare(entries, "a")
+    found = [e["figures"].get("over_first", {}).get("step") for e in entries]
+    assert found[:2] == [None, None] and found[2]["value"] == 0.5
+    assert [f["reason"] for f in found[3:]] == ["killed", "killed", "there is no step on a"]
+
+
 def _take_and_give_back(size: int) -> None:
     block = bytearray(size)
     block[:: 2**12] = bytes([1]) * (size // 2**12)
@@ -237,6 +296,8 @@ def test_a_busy_machine_is_not_timed(
         (["--precision", "fp8"], "fp16"),
         (["--batch", "0"], "got 0"),
         (["--repeats", "3", "2"], "3 2"),
+        (["--backends", "auto", "refrence"], "reference"),
+        (["--backends", "auto", "auto"], "each of --backends once"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
