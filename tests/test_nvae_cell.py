@@ -85,6 +85,16 @@ def test_layer_by_layer(backend, branch, batch_stats, options):
     )
 
 
+@pytest.mark.parametrize("batch_stats", [False, True])
+@pytest.mark.parametrize("pays", [False, True])
+def test_a_convolution_behind_up_either_way(monkeypatch, pays, batch_stats):
+    monkeypatch.setattr(composed, "pays", lambda x, weight: pays)
+    args = call("either way", branch="bnswish", up=True, out=3, batch_stats=batch_stats)
+    double = pytree.tree_map_only(torch.Tensor, torch.Tensor.double, args)
+    got = ops.nvae_cell(*args, backend="cpu").double()
+    torch.testing.assert_close(got, layers(*double), rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("size", [3, 5])
 def test_phase_kernels(size):
     """A convolution behind nearest x2 is four smaller ones of what was enlarged."""

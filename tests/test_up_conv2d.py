@@ -124,3 +124,11 @@ def test_a_cell_trains_with_it(kind):
         found.append((y, twin.grad, *(p.grad for p in cell.parameters())))
     for got, want in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_auto_takes_it_where_it_pays():
+    x, weight, bias = call((16, 48, 8, 8), out=48)
+    assert lsgm_fast.explain(NAME, x, weight, bias).chosen == "cpu"
+    assert lsgm_fast.explain(NAME, x[:1], weight, bias).chosen == "reference"
+    narrow = call((16, 4, 8, 8), out=4)
+    assert lsgm_fast.explain(NAME, *narrow).chosen == "reference"

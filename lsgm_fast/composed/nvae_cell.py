@@ -21,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 import lsgm_fast  # its `ops` import this module
-from lsgm_fast.composed.up_conv2d import by_phases, interleave, phase_kernels
+from lsgm_fast.composed.up_conv2d import by_phases, interleave, pays, phase_kernels
 from lsgm_fast.reference.nvae_cell import affine
 
 # Slices of the expanded tensor have at most so many bytes: a third of the last-level cache of common processors.
@@ -181,6 +182,8 @@ def _conv_behind_up(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, swish: bool
 ) -> torch.Tensor:
     """A 3x3 convolution of x enlarged by two."""
+    if not pays(x, weight):
+        return _conv(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1, swish=swish)
     return by_phases(x, weight, bias, lambda x, weight, bias: _conv(x, weight, bias, padding=1, swish=swish))
 
 

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+# Of the low resolution, from which the detour pays; the products are those of pixels, channels in and channels out.
+_FEWEST_PIXELS = 256
+_FEWEST_PRODUCTS = 2**20
+
 Convolution = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
@@ -29,6 +33,12 @@ def by_phases(
     # All four phases at once. With padding 1, row t of the result is at t - 1 and t of x.
     kernels = phase_kernels(weight).flatten(0, 2)
     return _Interleave.apply(convolution(x, kernels, None if bias is None else bias.repeat(4)))
+
+
+def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the arithmetic that is saved outweighs making the kernels of the phases."""
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return pixels >= _FEWEST_PIXELS and pixels * weight.shape[0] * weight.shape[1] >= _FEWEST_PRODUCTS
 
 
 def phase_kernels(weight: torch.Tensor) -> torch.Tensor:

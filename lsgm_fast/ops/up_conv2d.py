@@ -51,12 +51,19 @@ def _reasons(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     return why
 
 
+def _slower(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> list[str]:
+    if composed.pays(x, weight):
+        return []
+    return [f"x {tuple(x.shape)} and weight {tuple(weight.shape)}: too small for it to pay"]
+
+
 fused.register_composed(
     up_conv2d,
     "cpu",
     composed.forward,
     available=lambda: None,
     reasons=_reasons,
+    auto_reasons=_slower,
     priority=30,
     differentiable=True,
 )
