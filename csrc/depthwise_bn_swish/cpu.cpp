@@ -2,10 +2,10 @@
 //
 // A plane (or a band of its rows) is copied into padded float32 scratch memory that the first caches hold, on the way
 // through pre(); what the convolution writes there goes to the result through post(). So the convolution itself knows
-// neither borders nor types: it computes a block of outputs in registers from 8-lane vectors, which hold
-//   planes: 8 neighbours of a line of the image. Blocks extend down the lines. With stride 2 the scratch memory holds
-//           the even columns of a line, then the odd ones, so that the inputs of 8 outputs are neighbours too.
-//   rows:   8 channels of a pixel. Blocks extend along the line.
+// neither borders nor types: it computes a block of outputs in registers from vectors of 8 or 16 lanes, which hold
+//   planes: neighbours of a line of the image. Blocks extend down the lines. With stride 2 the scratch memory holds
+//           the even columns of a line, then the odd ones, so that the inputs of neighbours are neighbours too.
+//   rows:   channels of a pixel. Blocks extend along the line.
 // In both cases the taps of the axis along which a block extends (a) share loaded inputs; the other axis is b.
 #include <cmath>
 #include <cstring>
@@ -22,7 +22,7 @@ namespace depthwise_bn_swish {
 namespace {
 
 struct Layout {
-  int64_t pixel;     // from one column to the next; rows: kLanes
+  int64_t pixel;     // from one column to the next; rows: the lanes
   int64_t half;      // planes with stride 2: from the even to the odd columns of the input
   int64_t in_line;   // from one line of the input to the next
   int64_t in_lines;  // of a band, with 2 lines of padding on both sides
@@ -32,16 +32,16 @@ struct Layout {
   int64_t out_lines;
 };
 
-int64_t up_to_vector(int64_t n) { return ceil_div(n, kLanes) * kLanes; }
+int64_t up_to_vector(const Problem& p, int64_t n) { return ceil_div(n, p.lanes) * p.lanes; }
 
 Layout layout_of(const Problem& p) {
   Layout l{};
   const bool planes = p.order == Order::planes;
-  l.pixel = planes ? 1 : kLanes;
-  // Vectors of planes end up to 7 columns beyond the last output, and read 4 columns further.
-  const int64_t padded = planes ? up_to_vector(p.out_width) + kLanes : p.out_width + 4;
+  l.pixel = planes ? 1 : p.lanes;
+  // Vectors of planes end up to 15 columns beyond the last output, and read 4 columns further.
+  const int64_t padded = planes ? up_to_vector(p, p.out_width) + p.lanes : p.out_width + 4;
   l.half = planes && p.stride == 2 ? padded : 0;
-  l.in_line = planes ? p.stride * padded : (p.width + 5) * kLanes;
+  l.in_line = planes ? p.stride * padded : (p.width + 5) * p.lanes;
   l.in_lines = (p.band_rows - 1) * p.stride + 5;
   l.grad_line = padded * l.pixel;
   l.grad_lines = p.band_rows + 4;
@@ -77,31 +77,37 @@ namespace {
 
 using namespace lsgm::LSGM_ISA;
 
-// ---- 8 lanes, in as many registers as it takes ----
+// ---- the lanes, in as many registers as it takes ----
 
-struct Eight {
+#if LSGM_VEC_AVX512
+constexpr int64_t kLanes = 16;
+#else
+constexpr int64_t kLanes = 8;
+#endif
+
+struct Lanes {
   static constexpr int parts = static_cast<int>(kLanes) / Vec<float>::width;
   Vec<float> part[parts];
 };
 
 template <class T>
-inline Eight load8(const T* p) {
-  Eight x;
-  for (int i = 0; i < Eight::parts; ++i) load(x.part[i], p + i * Vec<float>::width);
+inline Lanes load_lanes(const T* p) {
+  Lanes x;
+  for (int i = 0; i < Lanes::parts; ++i) load(x.part[i], p + i * Vec<float>::width);
   return x;
 }
 template <class T>
-inline void store8(const Eight& x, T* p) {
-  for (int i = 0; i < Eight::parts; ++i) store(x.part[i], p + i * Vec<float>::width);
+inline void store_lanes(const Lanes& x, T* p) {
+  for (int i = 0; i < Lanes::parts; ++i) store(x.part[i], p + i * Vec<float>::width);
 }
-inline Eight fill8(float v) {
-  Eight x;
-  for (int i = 0; i < Eight::parts; ++i) fill(x.part[i], v);
+inline Lanes fill_lanes(float v) {
+  Lanes x;
+  for (int i = 0; i < Lanes::parts; ++i) fill(x.part[i], v);
   return x;
 }
-inline Eight fma8(const Eight& a, const Eight& b, const Eight& c) {
-  Eight x;
-  for (int i = 0; i < Eight::parts; ++i) x.part[i] = fma(a.part[i], b.part[i], c.part[i]);
+inline Lanes fma_lanes(const Lanes& a, const Lanes& b, const Lanes& c) {
+  Lanes x;
+  for (int i = 0; i < Lanes::parts; ++i) x.part[i] = fma(a.part[i], b.part[i], c.part[i]);
   return x;
 }
 
@@ -113,18 +119,18 @@ inline Lane<float> swish(Lane<float> u) { return {u.v / (1.0f + std::exp(-u.v))}
 inline Vec<float> swish(Vec<float> u) { return div(u, one_plus_exp_minus(u)); }
 #endif
 
-inline Eight swish8(const Eight& u) {
-  Eight y;
-  for (int i = 0; i < Eight::parts; ++i) y.part[i] = swish(u.part[i]);
+inline Lanes swish_lanes(const Lanes& u) {
+  Lanes y;
+  for (int i = 0; i < Lanes::parts; ++i) y.part[i] = swish(u.part[i]);
   return y;
 }
 
 // ---- between tensors and scratch memory ----
 
-// swish(x * scale + shift) of 8 lanes, or x itself.
+// swish(x * scale + shift), or x itself.
 struct Affine {
   bool active;
-  Eight scale, shift;
+  Lanes scale, shift;
 };
 
 template <class T>
@@ -140,62 +146,75 @@ Affine affine_of(const Problem& p, const void* scale, const void* shift, const P
     values[0][i] = widen<float>(s[planes ? 0 : i]);
     values[1][i] = widen<float>(t[planes ? 0 : i]);
   }
-  affine.scale = load8(values[0]);
-  affine.shift = load8(values[1]);
+  affine.scale = load_lanes(values[0]);
+  affine.shift = load_lanes(values[1]);
   return affine;
 }
 
 template <bool kActive>
-inline Eight through(const Affine& affine, const Eight& x) {
-  return kActive ? swish8(fma8(x, affine.scale, affine.shift)) : x;
+inline Lanes through(const Affine& affine, const Lanes& x) {
+  return kActive ? swish_lanes(fma_lanes(x, affine.scale, affine.shift)) : x;
 }
 
-// The first `n` < 8 of 8 elements; the others are 0.
+// The first `n` < kLanes elements; the others are 0.
 template <class T>
-inline Eight load_some(const T* from, int64_t n) {
+inline Lanes load_some(const T* from, int64_t n) {
   T some[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) some[i] = from[i];
-  return load8(some);
+  return load_lanes(some);
 }
 template <class T>
-inline void store_some(const Eight& x, T* to, int64_t n) {
+inline void store_some(const Lanes& x, T* to, int64_t n) {
   T some[kLanes];
-  store8(x, some);
+  store_lanes(x, some);
   for (int64_t i = 0; i < n; ++i) to[i] = some[i];
 }
 
-// n neighbours. Of the destination 8 * ceil(n / 8) elements are written where it is scratch memory.
+#if LSGM_VEC_AVX512
+inline Lanes load_some(const float* from, int64_t n) {
+  return {{{_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from)}}};
+}
+inline void store_some(const Lanes& x, float* to, int64_t n) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), x.part[0].v);
+}
+#endif
+
+// n neighbours.
 template <bool kActive, class T>
 inline void read_run(const T* from, float* to, int64_t n, const Affine& affine) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store8(through<kActive>(affine, load8(from + i)), to + i);
+  for (; i + kLanes <= n; i += kLanes) store_lanes(through<kActive>(affine, load_lanes(from + i)), to + i);
   if (i < n) store_some(through<kActive>(affine, load_some(from + i, n - i)), to + i, n - i);
 }
 template <bool kActive, class T>
 inline void write_run(const float* from, T* to, int64_t n, const Affine& affine) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store8(through<kActive>(affine, load8(from + i)), to + i);
-  if (i < n) store_some(through<kActive>(affine, load8(from + i)), to + i, n - i);
+  for (; i + kLanes <= n; i += kLanes) store_lanes(through<kActive>(affine, load_lanes(from + i)), to + i);
+  if (i < n) store_some(through<kActive>(affine, load_lanes(from + i)), to + i, n - i);
 }
 
 // `width` pixels of `lanes` channels each, `pitch` elements apart in the tensor.
 template <bool kActive, class T>
 void read_pixels(const T* from, float* to, int64_t width, int64_t pitch, int64_t lanes, const Affine& affine) {
   if (lanes == kLanes) {
-    for (int64_t i = 0; i < width; ++i) store8(through<kActive>(affine, load8(from + i * pitch)), to + i * kLanes);
+    for (int64_t i = 0; i < width; ++i) {
+      store_lanes(through<kActive>(affine, load_lanes(from + i * pitch)), to + i * kLanes);
+    }
   } else {
     for (int64_t i = 0; i < width; ++i) {
-      store8(through<kActive>(affine, load_some(from + i * pitch, lanes)), to + i * kLanes);
+      store_lanes(through<kActive>(affine, load_some(from + i * pitch, lanes)), to + i * kLanes);
     }
   }
 }
 template <bool kActive, class T>
 void write_pixels(const float* from, T* to, int64_t width, int64_t pitch, int64_t lanes, const Affine& affine) {
   if (lanes == kLanes) {
-    for (int64_t i = 0; i < width; ++i) store8(through<kActive>(affine, load8(from + i * kLanes)), to + i * pitch);
+    for (int64_t i = 0; i < width; ++i) {
+      store_lanes(through<kActive>(affine, load_lanes(from + i * kLanes)), to + i * pitch);
+    }
   } else {
     for (int64_t i = 0; i < width; ++i) {
-      store_some(through<kActive>(affine, load8(from + i * kLanes)), to + i * pitch, lanes);
+      store_some(through<kActive>(affine, load_lanes(from + i * kLanes)), to + i * pitch, lanes);
     }
   }
 }
@@ -267,7 +286,7 @@ void write_lines(const Problem& p, const Place& place, void* tensor, int64_t hei
 struct Correlation {
   const float* in;
   int64_t in_a;  // from one input to the next along a
-  int64_t in_v;  // from one vector's inputs to the next vector's: along b (rows), or 8 columns (planes)
+  int64_t in_v;  // from one vector's inputs to the next vector's: along b (rows), or kLanes columns (planes)
   int64_t taps[5];  // along b
   const float* weight;
   int64_t weight_a, weight_b;
@@ -279,30 +298,30 @@ struct Correlation {
 // R outputs along a: out[i] = sum over a, b of in[kStride i + a, b] weight[a, b].
 template <bool kPerLane, int kA, int kB, int kStride, int R>
 inline void correlate_block(const Correlation& c, const float* in, float* out) {
-  Eight sums[R];
+  Lanes sums[R];
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) sums[i] = fill8(0);
+  for (int i = 0; i < R; ++i) sums[i] = fill_lanes(0);
 #pragma GCC unroll 1
   for (int b = 0; b < kB; ++b) {
-    Eight weight[kA];
+    Lanes weight[kA];
     const float* w = c.weight + b * c.weight_b;
 #pragma GCC unroll 8
-    for (int a = 0; a < kA; ++a) weight[a] = kPerLane ? load8(w + a * c.weight_a) : fill8(w[a * c.weight_a]);
+    for (int a = 0; a < kA; ++a) weight[a] = kPerLane ? load_lanes(w + a * c.weight_a) : fill_lanes(w[a * c.weight_a]);
     const float* from = in + c.taps[b];
 #pragma GCC unroll 32
     for (int k = 0; k < (R - 1) * kStride + kA; ++k) {
-      const Eight x = load8(from);
+      const Lanes x = load_lanes(from);
       from += c.in_a;
 #pragma GCC unroll 8
       for (int a = 0; a < kA; ++a) {
         if (k >= a && (k - a) % kStride == 0 && (k - a) / kStride < R) {
-          sums[(k - a) / kStride] = fma8(weight[a], x, sums[(k - a) / kStride]);
+          sums[(k - a) / kStride] = fma_lanes(weight[a], x, sums[(k - a) / kStride]);
         }
       }
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < R; ++i) store8(sums[i], out + i * c.out_a);
+  for (int i = 0; i < R; ++i) store_lanes(sums[i], out + i * c.out_a);
 }
 
 template <bool kPerLane, int kA, int kB, int kStride>
@@ -348,11 +367,11 @@ struct WeightSums {
 template <int kB, int kStride>
 void weight_sums(const WeightSums& c, int b) {
   constexpr int R = 4;
-  Eight sums[kB][5];
+  Lanes sums[kB][5];
 #pragma GCC unroll 2
   for (int j = 0; j < kB; ++j) {
 #pragma GCC unroll 5
-    for (int a = 0; a < 5; ++a) sums[j][a] = load8(c.sums + ((b + j) * 5 + a) * kLanes);
+    for (int a = 0; a < 5; ++a) sums[j][a] = load_lanes(c.sums + ((b + j) * 5 + a) * kLanes);
   }
   const int64_t first = c.taps[b];
   const int64_t second = c.taps[b + kB - 1];
@@ -361,32 +380,32 @@ void weight_sums(const WeightSums& c, int b) {
     const float* grad = c.grad + v * c.grad_v;
     int64_t i = 0;
     for (; i + R <= c.count_a; i += R, in += R * kStride * c.in_a, grad += R * c.grad_a) {
-      Eight g[R];
+      Lanes g[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) g[r] = load8(grad + r * c.grad_a);
+      for (int r = 0; r < R; ++r) g[r] = load_lanes(grad + r * c.grad_a);
       const float* from = in;
 #pragma GCC unroll 16
       for (int k = 0; k < (R - 1) * kStride + 5; ++k, from += c.in_a) {
 #pragma GCC unroll 2
         for (int j = 0; j < kB; ++j) {
-          const Eight x = load8(from + (j == 0 ? first : second));
+          const Lanes x = load_lanes(from + (j == 0 ? first : second));
 #pragma GCC unroll 5
           for (int a = 0; a < 5; ++a) {
             if (k >= a && (k - a) % kStride == 0 && (k - a) / kStride < R) {
-              sums[j][a] = fma8(g[(k - a) / kStride], x, sums[j][a]);
+              sums[j][a] = fma_lanes(g[(k - a) / kStride], x, sums[j][a]);
             }
           }
         }
       }
     }
     for (; i < c.count_a; ++i, in += kStride * c.in_a, grad += c.grad_a) {
-      const Eight g = load8(grad);
+      const Lanes g = load_lanes(grad);
 #pragma GCC unroll 5
       for (int a = 0; a < 5; ++a) {
 #pragma GCC unroll 2
         for (int j = 0; j < kB; ++j) {
-          const Eight x = load8(in + a * c.in_a + (j == 0 ? first : second));
-          sums[j][a] = fma8(g, x, sums[j][a]);
+          const Lanes x = load_lanes(in + a * c.in_a + (j == 0 ? first : second));
+          sums[j][a] = fma_lanes(g, x, sums[j][a]);
         }
       }
     }
@@ -394,7 +413,7 @@ void weight_sums(const WeightSums& c, int b) {
 #pragma GCC unroll 2
   for (int j = 0; j < kB; ++j) {
 #pragma GCC unroll 5
-    for (int a = 0; a < 5; ++a) store8(sums[j][a], c.sums + ((b + j) * 5 + a) * kLanes);
+    for (int a = 0; a < 5; ++a) store_lanes(sums[j][a], c.sums + ((b + j) * 5 + a) * kLanes);
   }
 }
 
@@ -614,15 +633,15 @@ void forward_as(const Problem& p, int64_t begin, int64_t end, float* memory) {
   }
 }
 
-// Pixels after which float32 sums are added to the float64 ones; a lane of planes then holds an eighth of them.
-constexpr int64_t kFlush = 8192;
+// Pixels after which float32 sums are added to the float64 ones. Of planes, all lanes share them.
+constexpr int64_t kFlushPlanes = 8192, kFlushRows = 1024;
 
 template <class T>
 void backward_as(const Problem& p, int64_t begin, int64_t end, float* memory) {
   const Layout l = layout_of(p);
   clear(p, l, memory, true);
   const bool planes = p.order == Order::planes;
-  const int64_t flush = planes ? kFlush : kFlush / kLanes;
+  const int64_t flush = planes ? kFlushPlanes : kFlushRows;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t group = unit % p.groups, run = unit / p.groups;
     float sums[kMostBlocks][kTaps * kLanes] = {};
@@ -708,26 +727,29 @@ constexpr int64_t kBandFloats = 16384;  // of the input, in scratch memory: the 
 constexpr int64_t kRunPixels = 16384;   // outputs per channel and unit of the backward pass
 constexpr int64_t kElementsPerThread = 16384;
 constexpr int64_t kGroupPixels = 2048;  // of planes that are handled together
+constexpr int64_t kRowsAtOnce = 8;      // of the output, that stay in registers
 
 void plan(Problem& p) {
   const bool planes = p.order == Order::planes;
-  const int64_t line = p.stride * (planes ? up_to_vector(p.out_width) + kLanes : (p.out_width + 4) * kLanes);
+  // Half of a wide vector would hold nothing in a narrow image.
+  if (p.lanes == 0) p.lanes = has_avx512() && (!planes || p.out_width >= 16) ? 16 : 8;
+  const int64_t line = p.stride * (planes ? up_to_vector(p, p.out_width) + p.lanes : (p.out_width + 4) * p.lanes);
   const int64_t most = larger(16, kBandFloats / (line * p.stride));
   p.bands = ceil_div(p.out_height, most);
-  p.band_rows = smaller(p.out_height, up_to_vector(ceil_div(p.out_height, p.bands)));
+  p.band_rows = smaller(p.out_height, ceil_div(ceil_div(p.out_height, p.bands), kRowsAtOnce) * kRowsAtOnce);
   p.bands = ceil_div(p.out_height, p.band_rows);
-  p.blocks = planes ? larger(1, smaller(kMostBlocks, kGroupPixels / (p.height * p.width))) : kRowBlocks;
-  p.groups = ceil_div(p.channels, p.blocks * (planes ? 1 : kLanes));
+  p.blocks = planes ? larger(1, smaller(kMostBlocks, kGroupPixels / (p.height * p.width))) : kRowChannels / p.lanes;
+  p.groups = ceil_div(p.channels, p.blocks * (planes ? 1 : p.lanes));
   p.run_samples = smaller(p.batch, larger(1, kRunPixels / (p.out_height * p.out_width)));
   p.sample_runs = ceil_div(p.batch, p.run_samples);
 }
 
-int64_t table_size(const Problem& p) { return up_to_vector(p.channels) * kTaps; }
+int64_t table_size(const Problem& p) { return up_to_vector(p, p.channels) * kTaps; }
 
 int64_t scratch_size(const Problem& p, bool backward) {
   const Layout l = layout_of(p);
   const int64_t grad = backward ? l.grad_lines * l.grad_line : 0;
-  const int64_t line = p.order == Order::planes ? up_to_vector(p.width) + 2 * kLanes : 0;
+  const int64_t line = p.order == Order::planes ? up_to_vector(p, p.width) + 2 * p.lanes : 0;
   return p.blocks * (l.in_lines * l.in_line + grad + l.out_lines * l.out_line) + line;
 }
 
@@ -747,28 +769,38 @@ void fill_table(const Problem& p, float* table) {
       for (int64_t i = 0; i < p.channels * kTaps; ++i) table[i] = widen<float>(weight[i]);
       return;
     }
-    for (int64_t c = 0; c < up_to_vector(p.channels); ++c) {
-      float* lane = table + c / kLanes * kLanes * kTaps + c % kLanes;
+    for (int64_t c = 0; c < up_to_vector(p, p.channels); ++c) {
+      float* lane = table + c / p.lanes * p.lanes * kTaps + c % p.lanes;
       for (int64_t k = 0; k < kTaps; ++k) {
-        lane[k * kLanes] = c < p.channels ? widen<float>(weight[c * kTaps + k]) : 0;
+        lane[k * p.lanes] = c < p.channels ? widen<float>(weight[c * kTaps + k]) : 0;
       }
     }
   });
 }
 
-void forward(const Problem& p, int64_t begin, int64_t end, float* scratch) {
-#if defined(LSGM_HAVE_AVX2)
-  if (has_avx2()) return avx2::forward(p, begin, end, scratch);
+#if defined(LSGM_HAVE_AVX512)
+#define LSGM_CHOOSE_AVX512(kernel) \
+  if (p.lanes == 16) return avx512::kernel(p, begin, end, scratch)
+#else
+#define LSGM_CHOOSE_AVX512(kernel)
 #endif
-  scalar::forward(p, begin, end, scratch);
-}
-
-void backward(const Problem& p, int64_t begin, int64_t end, float* scratch) {
 #if defined(LSGM_HAVE_AVX2)
-  if (has_avx2()) return avx2::backward(p, begin, end, scratch);
+#define LSGM_CHOOSE_AVX2(kernel) \
+  if (has_avx2()) return avx2::kernel(p, begin, end, scratch)
+#else
+#define LSGM_CHOOSE_AVX2(kernel)
 #endif
-  scalar::backward(p, begin, end, scratch);
-}
+#define LSGM_CHOOSE(kernel)                                                   \
+  void kernel(const Problem& p, int64_t begin, int64_t end, float* scratch) { \
+    LSGM_CHOOSE_AVX512(kernel);                                               \
+    LSGM_CHOOSE_AVX2(kernel);                                                 \
+    scalar::kernel(p, begin, end, scratch);                                   \
+  }
+LSGM_CHOOSE(forward)
+LSGM_CHOOSE(backward)
+#undef LSGM_CHOOSE
+#undef LSGM_CHOOSE_AVX2
+#undef LSGM_CHOOSE_AVX512
 
 void finish(const Problem& p) {
   visit(p.weight_dtype, [&](auto type) {

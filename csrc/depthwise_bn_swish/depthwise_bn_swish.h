@@ -18,8 +18,7 @@ namespace lsgm {
 namespace depthwise_bn_swish {
 
 constexpr int64_t kTaps = 25;
-constexpr int64_t kLanes = 8;   // channels that are handled side by side in a row
-constexpr int64_t kRowBlocks = 2;  // blocks of kLanes channels in a unit of rows: float32 fills a cache line with them
+constexpr int64_t kRowChannels = 16;  // of a unit of rows: float32 fills a cache line with them
 constexpr int64_t kMostBlocks = 8;
 
 // One call. x and out (in backward: grad and grad_x too) are dense, in one order of memory, and have one type.
@@ -41,9 +40,10 @@ struct Problem {
   void* grad_weight;  // of type weight_dtype
   const float* table;  // the weights in the order in which the kernels read them
   double* partials;    // CPU: [sample_runs][channels][kTaps]; CUDA: [chunks][channels][26]
+  int64_t lanes;        // CPU: what is handled side by side, 16 by the AVX-512 kernels and 8 by the others
   int64_t bands;        // pieces of a plane, of band_rows rows of the output
   int64_t band_rows;
-  int64_t blocks;       // of a unit: channels (planes) or groups of kLanes channels (rows)
+  int64_t blocks;       // of a unit: channels (planes) or groups of `lanes` channels (rows)
   int64_t groups;       // of `blocks`, over all channels
   int64_t run_samples;  // backward: samples of a unit
   int64_t sample_runs;
@@ -51,7 +51,7 @@ struct Problem {
 
 LSGM_HD int64_t out_size(int64_t size, int64_t stride) { return (size + stride - 1) / stride; }
 
-// CPU. `plan` cuts the work by the shape alone. A caller gives `table` (table_size floats, filled by fill_table), and
+// CPU. `plan` chooses `lanes`, unless it is set, by the processor, and cuts the work by them and the shape. A caller gives `table` (table_size floats, filled by fill_table), and
 // scratch_size floats to every thread. `forward` and `backward` do the units [begin, end).
 namespace cpu {
 
@@ -86,6 +86,9 @@ namespace scalar {
 LSGM_DEPTHWISE_CPU_KERNELS
 }
 namespace avx2 {
+LSGM_DEPTHWISE_CPU_KERNELS
+}
+namespace avx512 {
 LSGM_DEPTHWISE_CPU_KERNELS
 }
 #undef LSGM_DEPTHWISE_CPU_KERNELS

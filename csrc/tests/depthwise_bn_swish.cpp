@@ -1,4 +1,4 @@
-// The CPU kernels of depthwise_bn_swish, baseline and AVX2, against long double.
+// The CPU kernels of depthwise_bn_swish, for every instruction set, against long double.
 #include <cmath>
 #include <memory>
 #include <vector>
@@ -18,8 +18,9 @@ using Kernel = void (*)(const Problem&, int64_t, int64_t, float*);
 
 class Case : public Depthwise {
  public:
-  explicit Case(const Example& example)
+  explicit Case(const Example& example, int64_t lanes = 0)
       : Depthwise(example) {
+    p.lanes = lanes;
     cpu::plan(p);
     table.resize(static_cast<size_t>(cpu::table_size(p)));
     cpu::fill_table(p, table.data());
@@ -55,9 +56,9 @@ class Case : public Depthwise {
   std::vector<float> table;
 };
 
-void check_kernels(const char* who, Kernel forward, Kernel backward) {
+void check_kernels(const char* who, int64_t lanes, Kernel forward, Kernel backward) {
   for (const Example& example : examples()) {
-    Case c(example);
+    Case c(example, lanes);
     c.forward(forward);
     c.check_forward(who);
     c.backward(backward);
@@ -65,13 +66,21 @@ void check_kernels(const char* who, Kernel forward, Kernel backward) {
   }
 }
 
-CASE("baseline kernels") { check_kernels("scalar", &scalar::forward, &scalar::backward); }
+CASE("baseline kernels") { check_kernels("scalar", 8, &scalar::forward, &scalar::backward); }
 
 #if defined(LSGM_HAVE_AVX2)
 CASE("AVX2 kernels") {
-  if (has_avx2()) check_kernels("avx2", &avx2::forward, &avx2::backward);
+  if (has_avx2()) check_kernels("avx2", 8, &avx2::forward, &avx2::backward);
 }
 #endif
+
+#if defined(LSGM_HAVE_AVX512)
+CASE("AVX-512 kernels") {
+  if (has_avx512()) check_kernels("avx512", 16, &avx512::forward, &avx512::backward);
+}
+#endif
+
+CASE("the kernels chosen at run time") { check_kernels("cpu", 0, &cpu::forward, &cpu::backward); }
 
 CASE("the same bits wherever a range of units begins") {
   for (Order order : {Order::planes, Order::rows}) {
