@@ -148,6 +148,8 @@ def run_tests(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            # Where this runs in the background of a shell, interrupts are ignored, and would be by pytest.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         ended_by_us = threading.Event()
 

@@ -6,6 +6,37 @@ import pytest
 import torch
 from recorded import GOLDEN, Golden
 
+# The files that take longest, longest first. Begun last, they would keep one process busy while the others have run out
+# of files. Those that follow, in the order of their names, take seconds.
+LONGEST = (
+    "test_native",
+    "test_aot",
+    "test_packaging",
+    "test_training_runs",
+    "test_benchmarks",
+    "test_golden",
+    "test_evaluation_shared",
+    "test_training",
+    "test_training_curve",
+    "test_evaluation",
+    "test_driver",
+    "test_objectives",
+    "test_triton_depthwise_bn_swish",
+    "test_exponential",
+    "test_triton_bn_swish",
+    "test_triton_rk",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist would sort the files by how many tests they have, which says nothing of how long they take.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:

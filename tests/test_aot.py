@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,7 @@ def test_ptxas_log():
 
 
 SASS = """
-	.section	.text._Z1av,"ax",@progbits
-.text._Z1av:
+	.headerflags	@"EF_CUDA_SM90"
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
         /*0020*/                   LDG.E.LTC128B.64 R8, desc[UR4][R2.64] ;
@@ -157,19 +157,46 @@ SASS = """
         /*0040*/                   LDGSTS.E.BYPASS.128 [R7], [R2.64] ;
         /*0050*/                   STS.128 [R0], R4 ;
         /*0060*/                   STG.E desc[UR4][R2.64], R5 ;
-	.section	.nv.shared._Z1av,"aw",@nobits
-	.section	.text.b_kernel,"ax",@progbits
-        /*0000*/                   STG.E.U8 [R2.64], R5 ;
-        /*0010*/                   STG.E.128 [R2.64], R4 ;
-        /*0020*/                   LDL R4, [R1] ;
+.L_x_0:
+        /*0070*/                   STG.E.U8 [R2.64], R5 ;
+        /*0080*/                   STG.E.128 [R2.64], R4 ;
+        /*0090*/                   LDL R4, [R1] ;
+        /*00a0*/                   LDG.E R4, [R2.64] ;
 """
 
 
 def test_sass():
-    assert aot.parse_sass(SASS) == {
-        "_Z1av": ({16: 1, 64: 1, 128: 2}, {32: 1}),
-        "b_kernel": ({}, {8: 1, 128: 1}),
-    }
+    assert aot.parse_sass(SASS, [0x00, 0x70, 0xA0]) == [
+        ({16: 1, 64: 1, 128: 2}, {32: 1}),
+        ({}, {8: 1, 128: 1}),
+        ({32: 1}, {}),
+    ]
+
+
+def elf(sections: dict[str, bytes]) -> bytes:
+    """The parts of an ELF file that tell what its sections hold."""
+    header, names, entries = 0x40, b"\0", b"\0" * 64
+    content = b""
+    for name, data in sections.items():
+        place = (len(names), 1, 0, 0, header + len(content), len(data), 0, 0, 1, 0)
+        entries += struct.pack("<2I4Q2I2Q", *place)
+        names += name.encode() + b"\0"
+        content += data
+    # The section of names is the last one.
+    place = (0, 3, 0, 0, header + len(content), len(names), 0, 0, 1, 0)
+    entries += struct.pack("<2I4Q2I2Q", *place)
+    content += names
+    counts = (header, 0, 0, 64, len(sections) + 2, len(sections) + 1)
+    start = b"\x7fELF\x02\x01".ljust(16, b"\0")
+    fields = struct.pack("<2HI3QI6H", 2, 190, 1, 0, 0, header + len(content), 0, *counts)
+    return start + fields + content + entries
+
+
+def test_machine_code():
+    sections = {".text._Z1av": b"a" * 48, ".nv.info": b"info", ".text.b_kernel": b"b" * 16}
+    assert aot.machine_code(elf(sections)) == {"_Z1av": b"a" * 48, "b_kernel": b"b" * 16}
+    with pytest.raises(RuntimeError, match="an ELF file of 64 bits, this one begins with b'// PTX'"):
+        aot.machine_code(b"// PTX is text")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ TEMPORARIES = (
     "checkpoints/.step-00000009.0123abcd.pt",
     "samples/.samples-00000004.0123abcd.png",
     ".model.0123abcd.safetensors",
+    ".tmp0aBcDe",
     ".metrics.0123abcd.jsonl",
     ".run.0123abcd.json",
     ".config.0123abcd.yaml",
@@ -176,7 +177,7 @@ def test_killed_twice_in_either_stage(options: Path, whole: tuple[Path, Path], t
 
 
 def test_what_a_killed_writer_leaves_is_swept(options: Path, tmp_path: Path) -> None:
-    folder, others = tmp_path / "run", ("notes.txt", "checkpoints/.step-9.pt", ".model.safetensors")
+    folder, others = tmp_path / "run", ("notes.txt", "checkpoints/.step-9.pt", ".model.safetensors", ".tmp")
     # Dead before config.yaml had its name: no reason to refuse the folder.
     folder.mkdir()
     (folder / TEMPORARIES[-1]).write_text("mod")

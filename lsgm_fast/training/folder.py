@@ -38,10 +38,12 @@ logger = logging.getLogger("lsgm_fast")
 FORMAT = "lsgm_fast.training"
 VERSION = 1
 _NAME = re.compile(r"^step-(\d+)\.pt$")
-# What atomic_path calls the files of a run until they are complete; a process that is killed leaves one.
+# What the files of a run are called until they are complete; a process that is killed leaves one. The first form is
+# atomic_path's. The second is that of safetensors 0.8, whose own writer renames as well.
 _TEMPORARY = re.compile(
     r"^\.((config|run|metrics|model)|(step|samples|reconstructions)-\d+)"
     r"\.[0-9a-f]{8}\.(yaml|json|jsonl|safetensors|pt|png|txt)$"
+    r"|^\.tmp[0-9A-Za-z]{6}$"
 )
 
 
