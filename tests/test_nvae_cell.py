@@ -153,7 +153,7 @@ def test_a_cell_in_eval_mode_is_its_layers(kind, resample):
     channels = 8 if resample is None else 12
     cell = trained(Cell(kind, 8, channels, resample)).eval()
     x = Draw("cpu", 0, kind).normal(2, 8, 6, 6)
-    with torch.no_grad(), record() as log:
+    with torch.no_grad(), use_backend(f"auto,{NAME}=cpu"), record() as log:
         got = cell(x)
     assert log.backends()[NAME] == "cpu"
     cell, x = cell.double(), x.double()
@@ -227,7 +227,7 @@ def test_decoding_and_encoding(preset, batch_stats):
     x = draw.uniform(
         2, vae.config.image_channels, vae.config.image_size, vae.config.image_size, low=-1.0, high=1.0
     )
-    with torch.no_grad(), record() as log:
+    with torch.no_grad(), use_backend(f"auto,{NAME}=cpu"), record() as log:
         logits, groups = vae(x, noise, batch_stats=batch_stats)
     assert (
         log.counts[NAME, "cpu"] == sum(isinstance(m, Cell) for m in vae.modules())
@@ -260,3 +260,18 @@ def test_where_the_tensors_lie_in_memory_changes_no_bit(branch):
     args = call("memory", (2, 12, 8, 8), branch=branch)
     shifted = pytree.tree_map_only(torch.Tensor, lambda t: testing.lay_out(t, "offset"), args)
     assert torch.equal(ops.nvae_cell(*args, backend="cpu"), ops.nvae_cell(*shifted, backend="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("branch", "shape", "chosen"),
+    [
+        ("mconv", (1, 6, 15, 16), "reference"),
+        ("mconv", (1, 6, 16, 16), "cpu"),
+        ("bnswish", (3, 6, 16, 16), "reference"),
+        ("bnswish", (4, 6, 16, 16), "cpu"),
+    ],
+)
+def test_auto_takes_it_where_it_pays(branch, shape, chosen):
+    args = call("pays", shape, branch=branch)
+    with torch.no_grad():
+        assert lsgm_fast.explain(NAME, *args).chosen == chosen

@@ -27,7 +27,8 @@ namespace lsgm {
 namespace bn_swish {
 
 // How the elements of a channel are cut into chunks; a function of the shape alone.
-//   planes: `samples` samples and, of each, `size` positions; chunk `channel * per_channel + k` belongs to one channel.
+//   planes: `samples` samples and, of each, `size` positions, of one channel. With the statistics of the batch the chunks
+//           of a channel follow each other, on the CPU otherwise those of a sample.
 //   rows:   `size` rows of all channels; `per_channel` chunks in all.
 struct Chunks {
   int64_t samples, size;

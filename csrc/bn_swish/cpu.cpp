@@ -66,15 +66,17 @@ void for_each_plane(const Problem& p, int64_t channel, const Chunk& c, F&& f) {
   }
 }
 
-// f(chunk's number within its channel, channel) of the chunks [begin, end) of planes.
+// f(chunk's number within its channel, channel) of the chunks [begin, end) of planes: channel by channel where those of a
+// channel depend on each other, otherwise in the order of memory.
 template <class F>
 void for_each_chunk(const Problem& p, int64_t begin, int64_t end, F&& f) {
-  int64_t channel = begin / p.chunks.per_channel, k = begin % p.chunks.per_channel;
-  for (int64_t i = begin; i < end; ++i) {
-    f(k, channel);
-    if (++k == p.chunks.per_channel) {
-      k = 0;
-      ++channel;
+  const int64_t inner = p.batch_stats ? p.chunks.per_channel : p.channels;
+  int64_t i = begin / inner, j = begin % inner;
+  for (int64_t n = begin; n < end; ++n) {
+    p.batch_stats ? f(j, i) : f(i, j);
+    if (++j == inner) {
+      j = 0;
+      ++i;
     }
   }
 }
@@ -544,8 +546,9 @@ void plan(Problem& p) {
   Chunks& c = p.chunks;
   if (p.order == Order::planes) {
     constexpr int64_t kChunk = 4096;  // elements: few enough for float32 sums
+    constexpr int64_t kPlane = 128;   // elements from which a plane is worth a chunk of its own
     c.size = smaller(p.spatial, kChunk);
-    c.samples = smaller(p.batch, kChunk / c.size);
+    c.samples = p.batch_stats || c.size < kPlane ? smaller(p.batch, kChunk / c.size) : 1;
     c.pieces = ceil_div(p.spatial, c.size);
     c.per_channel = ceil_div(p.batch, c.samples) * c.pieces;
     c.count = c.per_channel * p.channels;

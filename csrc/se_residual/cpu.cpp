@@ -17,6 +17,7 @@ using V = Vec<float>;
 constexpr int64_t kWidth = V::width;
 
 constexpr int64_t kFlush = 4096;        // elements of a plane after which a float32 sum joins the float64 one
+constexpr int64_t kBlock = 512;         // elements after which one joins that
 constexpr int64_t kSmallPlane = 512;    // elements
 constexpr int64_t kRows = 8;            // rows that are added up before they join the sums of a segment
 constexpr int64_t kChannelTile = 1024;  // channels whose sums stay in the first cache
@@ -56,8 +57,14 @@ double plane_sum(const Terms<kProduct, T>& terms, int64_t at, int64_t n) {
     const int64_t end = smaller(n, i + kFlush);
     V part[4];
     for (V& v : part) v = filled<V>(0.0f);
-    for (; i + 4 * kWidth <= end; i += 4 * kWidth) {
-      for (int k = 0; k < 4; ++k) part[k] = terms.add_to(part[k], at + i + k * kWidth);
+    while (i + 4 * kWidth <= end) {
+      const int64_t stop = smaller(end, i + kBlock);
+      V block[4];
+      for (V& v : block) v = filled<V>(0.0f);
+      for (; i + 4 * kWidth <= stop; i += 4 * kWidth) {
+        for (int k = 0; k < 4; ++k) block[k] = terms.add_to(block[k], at + i + k * kWidth);
+      }
+      for (int k = 0; k < 4; ++k) part[k] = add(part[k], block[k]);
     }
     for (; i + kWidth <= end; i += kWidth) part[0] = terms.add_to(part[0], at + i);
     total += static_cast<double>(sum(add(add(part[0], part[1]), add(part[2], part[3]))));

@@ -109,6 +109,27 @@ def _reasons(
     return why
 
 
+# Pixels of the input (of all samples) from which the folding pays, by the number of convolutions. Two that do not
+# enlarge gain little.
+_FEWEST_PIXELS = {3: 256, 2: 1024}
+
+
+def _slower(
+    x: torch.Tensor, skip: torch.Tensor, convs: Sequence[torch.Tensor], *_: object, **__: object
+) -> list[str]:
+    least = _FEWEST_PIXELS[len(convs)]
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if pixels < least:
+        return [f"with {len(convs)} convolutions it pays from {least} pixels, here are {pixels}"]
+    return []
+
+
 fused.register_composed(
-    nvae_cell, "cpu", composed.forward, available=composed.unavailable, reasons=_reasons, priority=30
+    nvae_cell,
+    "cpu",
+    composed.forward,
+    available=composed.unavailable,
+    reasons=_reasons,
+    auto_reasons=_slower,
+    priority=30,
 )
