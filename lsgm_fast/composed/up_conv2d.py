@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 # Of the low resolution, from which the detour pays; the products are those of pixels, channels in and channels out.
 _FEWEST_PIXELS = 256
-_FEWEST_PRODUCTS = 2**20
+_FEWEST_PRODUCTS = 2**21
 
 Convolution = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
