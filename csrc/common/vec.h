@@ -150,6 +150,7 @@ static inline Vec<float> rounded(Vec<float> x, Type<BFloat16>) {
 static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 static inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
+// The lowest 8 bits of each number, as the exponent of a power of 2.
 static inline Vec<float> power_from_bits(Vec<float> a) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23))};
 }
@@ -192,7 +193,6 @@ static inline float sum(Vec<float> a) {
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
-// The lowest 8 bits of each number, as the exponent of a power of 2.
 static inline Vec<float> power_from_bits(Vec<float> a) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }

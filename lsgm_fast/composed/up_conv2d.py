@@ -28,8 +28,8 @@ def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 def by_phases(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, convolution: Convolution
 ) -> torch.Tensor:
-    """The same with any ``convolution(x, weight, bias)`` of stride 1 and padding 1, and what it may do to its results
-    one by one."""
+    """The same with any ``convolution(x, weight, bias)`` of stride 1 and padding 1, which may also do something to each
+    of its results."""
     # All four phases at once. With padding 1, row t of the result is at t - 1 and t of x.
     kernels = phase_kernels(weight).flatten(0, 2)
     return _Interleave.apply(convolution(x, kernels, None if bias is None else bias.repeat(4)))
