@@ -381,15 +381,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the weights, which the activations follow",
     )
     found.add_argument("--no-compile", action="store_true", help="leave torch.compile of the reference out")
-    found.add_argument("--device", default="cpu")
-    found.add_argument("--repeats", type=int, nargs=2, default=[5, 20], metavar=("FEWEST", "MOST"))
-    found.add_argument("--budget", type=float, default=420.0, help="seconds, then stop cleanly")
-    found.add_argument("--name", default="decode", help="of the record")
-    found.add_argument("--out", type=Path)
-    found.add_argument("--force", action="store_true", help="time on a machine that is not idle")
-    found.add_argument("--dry-run", action="store_true", help="mark the figures as a trial")
-    found.add_argument("--commit", help="in place of what git says")
-    found.add_argument("--one-case", type=Path, help=argparse.SUPPRESS)
+    measure.add_options(found, "decode")
     return found
 
 
@@ -423,14 +415,8 @@ def main(
     for preset in options.presets:
         if preset not in MODELS:
             known.error(str(unknown_name("preset", preset, MODELS)))
+    measure.check_options(known, options)
     fewest, most = options.repeats
-    if not 1 <= fewest <= most or (options.batch is not None and options.batch < 1):
-        known.error(
-            f"expected --batch of at least 1 and --repeats FEWEST MOST with 1 <= FEWEST <= MOST, got {options.batch} "
-            f"and {fewest} {most}"
-        )
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        known.error("no CUDA device is usable here: try --device cpu")
     try:
         watch = measure.Watch(force=options.force)
     except MachineBusy as busy:
@@ -451,22 +437,19 @@ def main(
             left_out.append(f"{case}: compile")
         for failure in entry["failures"]:
             report(f"{case}: failed: {failure}")
-    written = measure.write_record(
-        measure.results_folder(options.out, options.dry_run),
-        options.device,
-        name=options.name,
-        command=measure.command_line("benchmarks.decode", arguments),
-        dry_run=options.dry_run,
-        machine=watch.entries(2.0),
-        environment=measure.environment(options.commit),
-        settings=settings() | {"cudnn_benchmark": True},
-        cases=entries,
-        left_out=left_out,
+    status, said = measure.write_cases(
+        "benchmarks.decode",
+        arguments,
+        options,
+        watch,
+        settings() | {"cudnn_benchmark": True},
+        entries,
+        left_out,
     )
     report(table(entries))
-    if not written["idle"]:
-        report("NOT IDLE: " + "; ".join(written["not_idle_because"]))
-    return 1 if any(entry["failures"] for entry in entries) else 0
+    if said:
+        report(said)
+    return status
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ and :func:`write_json` writes nothing that fails it.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import json
@@ -475,6 +476,62 @@ def _holds_cuda_context() -> bool:
     import torch
 
     return torch.cuda.is_initialized()
+
+
+# -- the command line of benchmarks whose cases have processes of their own ------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where, how often and how long; ``name``: of the record."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, nargs=2, default=[5, 20], metavar=("FEWEST", "MOST"))
+    parser.add_argument("--budget", type=float, default=420.0, help="seconds, then stop cleanly")
+    parser.add_argument("--name", default=name, help="of the record")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--force", action="store_true", help="time on a machine that is not idle")
+    parser.add_argument("--dry-run", action="store_true", help="mark the figures as a trial")
+    parser.add_argument("--commit", help="in place of what git says")
+    parser.add_argument("--one-case", type=Path, help=argparse.SUPPRESS)
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with what is wrong with :func:`add_options`' and ``batch`` (None: not given)."""
+    import torch
+
+    fewest, most = options.repeats
+    if not 1 <= fewest <= most or (options.batch is not None and options.batch < 1):
+        parser.error(
+            f"expected --batch of at least 1 and --repeats FEWEST MOST with 1 <= FEWEST <= MOST, got {options.batch} "
+            f"and {fewest} {most}"
+        )
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("no CUDA device is usable here: try --device cpu")
+
+
+def write_cases(
+    module: str,
+    arguments: Sequence[str],
+    options: argparse.Namespace,
+    watch: Watch,
+    settings: dict[str, Any],
+    entries: Sequence[dict[str, Any]],
+    left_out: Sequence[str],
+) -> tuple[int, str]:
+    """Write the record; the command's exit status, and what to say if the machine was not idle."""
+    written = write_record(
+        results_folder(options.out, options.dry_run),
+        options.device,
+        name=options.name,
+        command=command_line(module, arguments),
+        dry_run=options.dry_run,
+        machine=watch.entries(2.0),
+        environment=environment(options.commit),
+        settings=settings,
+        cases=entries,
+        left_out=left_out,
+    )
+    said = "" if written["idle"] else "NOT IDLE: " + "; ".join(written["not_idle_because"])
+    return (1 if any(entry["failures"] for entry in entries) else 0), said
 
 
 # -- a process of its own --------------------------------------------------------------------------------------------

@@ -396,15 +396,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SPEC",
         help="as in LSGM_FAST_BACKEND, to compare with the first; default: that variable's, or auto",
     )
-    found.add_argument("--device", default="cpu")
-    found.add_argument("--repeats", type=int, nargs=2, default=[5, 20], metavar=("FEWEST", "MOST"))
-    found.add_argument("--budget", type=float, default=420.0, help="seconds, then stop cleanly")
-    found.add_argument("--name", default="train", help="of the record")
-    found.add_argument("--out", type=Path)
-    found.add_argument("--force", action="store_true", help="time on a machine that is not idle")
-    found.add_argument("--dry-run", action="store_true", help="mark the figures as a trial")
-    found.add_argument("--commit", help="in place of what git says")
-    found.add_argument("--one-case", type=Path, help=argparse.SUPPRESS)
+    measure.add_options(found, "train")
     return found
 
 
@@ -434,14 +426,8 @@ def main(
         known.error(str(error))
     if len(set(options.backends)) < len(options.backends):
         known.error(f"expected each of --backends once, got {' '.join(options.backends)}")
+    measure.check_options(known, options)
     fewest, most = options.repeats
-    if not 1 <= fewest <= most or options.batch < 1:
-        known.error(
-            f"expected --batch of at least 1 and --repeats FEWEST MOST with 1 <= FEWEST <= MOST, got {options.batch} "
-            f"and {fewest} {most}"
-        )
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        known.error("no CUDA device is usable here: try --device cpu")
     try:
         watch = measure.Watch(force=options.force)
     except MachineBusy as busy:
@@ -475,22 +461,13 @@ def main(
         for failure in entries[-1]["failures"]:
             report(f"{case}: failed: {failure}")
     compare(entries, options.backends[0])
-    written = measure.write_record(
-        measure.results_folder(options.out, options.dry_run),
-        options.device,
-        name=options.name,
-        command=measure.command_line("benchmarks.train", arguments),
-        dry_run=options.dry_run,
-        machine=watch.entries(2.0),
-        environment=measure.environment(options.commit),
-        settings=settings(),
-        cases=entries,
-        left_out=left_out,
+    status, said = measure.write_cases(
+        "benchmarks.train", arguments, options, watch, settings(), entries, left_out
     )
     report(table(entries))
-    if not written["idle"]:
-        report("NOT IDLE: " + "; ".join(written["not_idle_because"]))
-    return 1 if any(entry["failures"] for entry in entries) else 0
+    if said:
+        report(said)
+    return status
 
 
 if __name__ == "__main__":
