@@ -66,8 +66,8 @@ void for_each_plane(const Problem& p, int64_t channel, const Chunk& c, F&& f) {
   }
 }
 
-// f(chunk's number within its channel, channel) of the chunks [begin, end) of planes: channel by channel where those of a
-// channel depend on each other, otherwise in the order of memory.
+// f(chunk's number within its channel, channel) of the chunks [begin, end) of planes: channel by channel where those of
+// a channel depend on each other, otherwise in the order of memory.
 template <class F>
 void for_each_chunk(const Problem& p, int64_t begin, int64_t end, F&& f) {
   const int64_t inner = p.batch_stats ? p.chunks.per_channel : p.channels;
@@ -322,9 +322,21 @@ inline R inner_gradient(R grad, R x, const Constants<R>& k, R& centred) {
   return mul(mul(grad, s), fma(u, fnma(s, one, one), one));
 }
 
-template <class R>
-inline R outer_gradient(R d, R centred, R scale, R slope, R offset) {
-  return fma(scale, d, fma(slope, centred, offset));
+// The gradient with respect to x of element i, which replaces what reduce left in grad_x.
+template <bool kSwish, class T, class R>
+inline void apply_at(const Problem& p, int64_t i, const Constants<R>& k, R slope, R offset) {
+  auto* grad_x = static_cast<T*>(p.grad_x) + i;
+  R x, d, centred;
+  load(x, static_cast<const T*>(p.x) + i);
+  if constexpr (kKeeps<T>) {
+    load(d, grad_x);
+    centred = add(x, k.minus_mean);
+  } else {
+    R grad;
+    load(grad, static_cast<const T*>(p.grad) + i);
+    d = inner_gradient<kSwish>(grad, x, k, centred);
+  }
+  store(fma(k.scale, d, fma(slope, centred, offset)), grad_x);
 }
 
 template <class T, bool kSwish, Mode kMode>
@@ -372,27 +384,13 @@ void backward_planes(const Problem& p, int64_t begin, int64_t end) {
 
 template <class T, bool kSwish>
 void backward_apply_planes(const Problem& p, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const T*>(p.x);
-  const auto* grad = static_cast<const T*>(p.grad);
-  auto* grad_x = static_cast<T*>(p.grad_x);
   for_each_chunk(p, begin, end, [&](int64_t k, int64_t channel) {
     const Chunk c = chunk_at(p, k);
     const float slope = p.table[kSlope * p.channels + channel], offset = p.table[kOffset * p.channels + channel];
     for_each_plane(p, channel, c, [&](int64_t at) {
       const auto step = [&, at](auto kind, int64_t i) {
         using R = decltype(kind);
-        const auto full = constants<R>(p, channel);
-        R d, v, centred;
-        load(v, x + at + i);
-        if constexpr (kKeeps<T>) {
-          load(d, grad_x + at + i);
-          centred = add(v, full.minus_mean);
-        } else {
-          R g;
-          load(g, grad + at + i);
-          d = inner_gradient<kSwish>(g, v, full, centred);
-        }
-        store(outer_gradient(d, centred, full.scale, filled<R>(slope), filled<R>(offset)), grad_x + at + i);
+        apply_at<kSwish, T>(p, at + i, constants<R>(p, channel), filled<R>(slope), filled<R>(offset));
       };
       int64_t i = 0;
       for (; i + kWidth <= c.size; i += kWidth) step(V{}, i);
@@ -448,9 +446,6 @@ void backward_rows(const Problem& p, int64_t begin, int64_t end) {
 
 template <class T, bool kSwish>
 void backward_apply_rows(const Problem& p, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const T*>(p.x);
-  const auto* grad = static_cast<const T*>(p.grad);
-  auto* grad_x = static_cast<T*>(p.grad_x);
   for (int64_t k = begin; k < end; ++k) {
     const Chunk c = chunk_at(p, k);
     for (int64_t row = c.begin; row < c.begin + c.size; ++row) {
@@ -458,22 +453,13 @@ void backward_apply_rows(const Problem& p, int64_t begin, int64_t end) {
       const auto step = [&, at](auto kind, int64_t i) {
         using R = decltype(kind);
         Constants<R> constant;
-        R d, v, centred, slope, offset;
+        R slope, offset;
         load(constant.minus_mean, p.table + kMinusMean * p.channels + i);
         load(constant.scale, p.table + kScale * p.channels + i);
+        load(constant.bias, p.table + kBias * p.channels + i);
         load(slope, p.table + kSlope * p.channels + i);
         load(offset, p.table + kOffset * p.channels + i);
-        load(v, x + at + i);
-        if constexpr (kKeeps<T>) {
-          load(d, grad_x + at + i);
-          centred = add(v, constant.minus_mean);
-        } else {
-          R g;
-          load(g, grad + at + i);
-          load(constant.bias, p.table + kBias * p.channels + i);
-          d = inner_gradient<kSwish>(g, v, constant, centred);
-        }
-        store(outer_gradient(d, centred, constant.scale, slope, offset), grad_x + at + i);
+        apply_at<kSwish, T>(p, at + i, constant, slope, offset);
       };
       int64_t i = 0;
       for (; i + kWidth <= p.channels; i += kWidth) step(V{}, i);
@@ -631,23 +617,11 @@ void coefficients(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
-#if defined(LSGM_HAVE_AVX512)
-#define LSGM_CHOOSE_AVX512(kernel) \
-  if (has_avx512()) return avx512::kernel(p, begin, end)
-#else
-#define LSGM_CHOOSE_AVX512(kernel)
-#endif
-#if defined(LSGM_HAVE_AVX2)
-#define LSGM_CHOOSE_AVX2(kernel) \
-  if (has_avx2()) return avx2::kernel(p, begin, end)
-#else
-#define LSGM_CHOOSE_AVX2(kernel)
-#endif
-#define LSGM_CHOOSE(kernel)                                   \
-  void kernel(const Problem& p, int64_t begin, int64_t end) { \
-    LSGM_CHOOSE_AVX512(kernel);                               \
-    LSGM_CHOOSE_AVX2(kernel);                                 \
-    scalar::kernel(p, begin, end);                            \
+#define LSGM_CHOOSE(kernel)                                                 \
+  void kernel(const Problem& p, int64_t begin, int64_t end) {               \
+    LSGM_IF_AVX512(if (has_avx512()) return avx512::kernel(p, begin, end);) \
+    LSGM_IF_AVX2(if (has_avx2()) return avx2::kernel(p, begin, end);)       \
+    scalar::kernel(p, begin, end);                                          \
   }
 LSGM_CHOOSE(statistics)
 LSGM_CHOOSE(apply)
@@ -655,8 +629,6 @@ LSGM_CHOOSE(backward_reduce)
 LSGM_CHOOSE(backward_apply)
 LSGM_CHOOSE(backward_both)
 #undef LSGM_CHOOSE
-#undef LSGM_CHOOSE_AVX2
-#undef LSGM_CHOOSE_AVX512
 
 }  // namespace cpu
 #endif

@@ -36,3 +36,15 @@ static inline bool has_avx512() { return false; }
 #endif
 
 }  // namespace lsgm
+
+// Code that names kernels of an instruction set, where they are compiled.
+#if defined(LSGM_HAVE_AVX2)
+#define LSGM_IF_AVX2(...) __VA_ARGS__
+#else
+#define LSGM_IF_AVX2(...)
+#endif
+#if defined(LSGM_HAVE_AVX512)
+#define LSGM_IF_AVX512(...) __VA_ARGS__
+#else
+#define LSGM_IF_AVX512(...)
+#endif

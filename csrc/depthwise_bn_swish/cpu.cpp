@@ -778,29 +778,15 @@ void fill_table(const Problem& p, float* table) {
   });
 }
 
-#if defined(LSGM_HAVE_AVX512)
-#define LSGM_CHOOSE_AVX512(kernel) \
-  if (p.lanes == 16) return avx512::kernel(p, begin, end, scratch)
-#else
-#define LSGM_CHOOSE_AVX512(kernel)
-#endif
-#if defined(LSGM_HAVE_AVX2)
-#define LSGM_CHOOSE_AVX2(kernel) \
-  if (has_avx2()) return avx2::kernel(p, begin, end, scratch)
-#else
-#define LSGM_CHOOSE_AVX2(kernel)
-#endif
-#define LSGM_CHOOSE(kernel)                                                   \
-  void kernel(const Problem& p, int64_t begin, int64_t end, float* scratch) { \
-    LSGM_CHOOSE_AVX512(kernel);                                               \
-    LSGM_CHOOSE_AVX2(kernel);                                                 \
-    scalar::kernel(p, begin, end, scratch);                                   \
+#define LSGM_CHOOSE(kernel)                                                           \
+  void kernel(const Problem& p, int64_t begin, int64_t end, float* scratch) {         \
+    LSGM_IF_AVX512(if (p.lanes == 16) return avx512::kernel(p, begin, end, scratch);) \
+    LSGM_IF_AVX2(if (has_avx2()) return avx2::kernel(p, begin, end, scratch);)        \
+    scalar::kernel(p, begin, end, scratch);                                           \
   }
 LSGM_CHOOSE(forward)
 LSGM_CHOOSE(backward)
 #undef LSGM_CHOOSE
-#undef LSGM_CHOOSE_AVX2
-#undef LSGM_CHOOSE_AVX512
 
 void finish(const Problem& p) {
   visit(p.weight_dtype, [&](auto type) {
