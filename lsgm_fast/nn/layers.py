@@ -11,6 +11,7 @@ from torch import nn
 
 from lsgm_fast import distributed, ops
 from lsgm_fast.nn.recompute import recomputing
+from lsgm_fast.ops._prepare import dense_format
 
 BN_MOMENTUM = 0.05
 BN_EPS = 1e-5
@@ -166,7 +167,7 @@ class FactorizedReduce(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, channels, height, width = x.shape
         x = F.silu(x)
-        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        last = dense_format(x) is torch.channels_last
         # All four phases in one copy, each as dense as a convolution likes it, and one copy back for the gradient.
         x = x.reshape(n, channels, height // 2, 2, width // 2, 2)
         if last:
