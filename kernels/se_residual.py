@@ -3,8 +3,9 @@
 Forward reads x once for the means, then x and skip for the result; backward reads grad and x once for the sums of
 their product, then grad for the gradient of x. In between stand two products of tiny matrices per sample, in one
 program each: :func:`gate_kernel` also sums over the positions, of x itself where a sample is small, else of the
-partial sums that :func:`reduce_kernel` leaves, which are a tensor (N, pieces, C) in the channels_last order. Sums are
-in a fixed order, without atomics: the result is the same in every run. Arithmetic is in float32.
+partial sums that :func:`reduce_kernel` leaves, which are a tensor (N, pieces, C) in the channels_last order, or that
+what made x left (:func:`pooled_forward`). Sums are in a fixed order, without atomics: the result is the same in every
+run. Arithmetic is in float32.
 
 ``state`` and ``deltas`` hold, per sample, one value per channel twice and one per hidden unit: the gate, the means and
 the hidden units; and the gradients of the gate before its sigmoid, of x by way of the means, and of the hidden units
@@ -25,6 +26,7 @@ from lsgm_fast.kernels._channelwise import forward_plan, load_channels, locate
 from lsgm_fast.kernels._common import (
     AotSpec,
     alignment,
+    channels_last,
     common_layout,
     device_guard,
     index_type,
@@ -445,30 +447,92 @@ def forward(
         ValueError: shapes or memory formats differ, or are not dense.
     """
     inner = common_layout(x, skip)
-    hidden = _check_parameters(x, reduce_weight, expand_weight, reduce_bias, expand_bias)
-    samples, channels = x.shape[:2]
-    out = torch.empty_like(x)
-    state = reduce_weight.new_empty(samples, 2 * channels + hidden)
+    _check_parameters(x, reduce_weight, expand_weight, reduce_bias, expand_bias)
     if x.numel() == 0:
-        return out, state
-    space = x.numel() // (samples * channels)
+        return torch.empty_like(x), reduce_weight.new_empty(
+            x.shape[0], 2 * x.shape[1] + reduce_weight.shape[0]
+        )
     with device_guard(x):
         summed, _, extent, summed_inner = _sums(x, None, inner)
-        sizes, options = gate_plan(channels, extent, hidden, summed_inner)
-        gate_kernel[(samples,)](
+        return _gate_and_apply(
+            skip,
+            x,
             summed,
+            extent,
+            summed_inner,
             reduce_weight,
             reduce_bias,
             expand_weight,
             expand_bias,
-            state,
-            space,
-            hidden,
-            *sizes.values(),
-            **options,
+            scale,
         )
-        grid, sizes, options = forward_plan(samples, channels, space, inner)
-        apply_kernel[grid](x, skip, state, None, out, scale, channels, hidden, *sizes.values(), **options)
+
+
+def pooled_forward(
+    skip: Tensor,
+    x: Tensor,
+    sums: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    scale: float,
+) -> Tensor:
+    """:func:`forward` without its state, where the sums over the positions exist already.
+
+    Args:
+        sums: (N, pieces, C), float32, contiguous, that add up to those of each sample. The others as for
+            :func:`forward`; not empty.
+
+    Raises:
+        ValueError: shapes or memory formats differ, or are not dense.
+    """
+    common_layout(x, skip)
+    _check_parameters(x, reduce_weight, expand_weight, reduce_bias, expand_bias, sums)
+    samples, pieces, channels = sums.shape
+    if (samples, channels) != x.shape[:2]:
+        raise ValueError(
+            f"sums have shape {tuple(sums.shape)}, expected ({x.shape[0]}, pieces, {x.shape[1]}) for x {tuple(x.shape)}"
+        )
+    with device_guard(x):
+        return _gate_and_apply(
+            skip, x, sums, pieces, True, reduce_weight, reduce_bias, expand_weight, expand_bias, scale
+        )[0]
+
+
+def _gate_and_apply(
+    skip: Tensor,
+    x: Tensor,
+    summed: Tensor,
+    extent: int,
+    summed_inner: bool,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(result, state), given what the gate sums over: ``extent`` positions of ``summed``."""
+    samples, channels = x.shape[:2]
+    hidden = reduce_weight.shape[0]
+    space = x.numel() // (samples * channels)
+    out = torch.empty_like(x)
+    state = reduce_weight.new_empty(samples, 2 * channels + hidden)
+    sizes, options = gate_plan(channels, extent, hidden, summed_inner)
+    gate_kernel[(samples,)](
+        summed,
+        reduce_weight,
+        reduce_bias,
+        expand_weight,
+        expand_bias,
+        state,
+        space,
+        hidden,
+        *sizes.values(),
+        **options,
+    )
+    grid, sizes, options = forward_plan(samples, channels, space, channels_last(x))
+    apply_kernel[grid](x, skip, state, None, out, scale, channels, hidden, *sizes.values(), **options)
     return out, state
 
 

@@ -126,6 +126,16 @@ def register_composed(
     )
 
 
+def triton_part(stem: str, part: str, *, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator of its own for one step of a composed implementation: ``<part>_forward`` of ``kernels/<stem>.py``.
+
+    ``schema`` and ``fake`` as in :func:`register`. It has no autograd, and nothing checks its inputs but the function.
+    """
+    name = f"{stem}_{part}_triton"
+    _define(name, schema, fake, stem, f"{part}_forward", "triton")
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
 def _bind(
     call: Callable[..., Any], prepare: Callable[..., tuple[Any, ...]], finish: Callable[[Any], Any] | None
 ) -> Callable[..., Any]:

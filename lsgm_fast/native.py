@@ -94,13 +94,17 @@ def source_hash(op: str) -> str | None:
     """sha256 over the sources of the operation's kernels: ``csrc/<stem>``, ``kernels/<stem>.py`` and what they share.
 
     The stem is the operation's name, or that of its family (``rk`` for ``rk_stage``). From the source tree where there
-    is one, else as recorded when the libraries were built. For an operation composed of library calls, of
-    ``lsgm_fast/composed/<op>.py``. None where none of them knows the operation.
+    is one, else as recorded when the libraries were built. For an operation composed of others' calls, of
+    ``lsgm_fast/composed/<op>*.py``, and of all Triton kernels where some are its own: it may call any of them. None
+    where none of them knows the operation.
     """
-    composed = _PACKAGE / "composed" / f"{op}.py"
-    if composed.is_file():
-        return hashlib.sha256(composed.read_bytes()).hexdigest()
     root = _PACKAGE.parent
+    composed = sorted((_PACKAGE / "composed").glob(f"{op}*.py"))
+    if composed:
+        kernels = next((p for p in (_PACKAGE / "kernels", root / "kernels") if p.is_dir()), None)
+        if kernels is not None and (kernels / f"{op}.py").is_file():
+            composed += sorted(kernels.glob("*.py"))
+        return hashlib.sha256(b"\0".join(path.read_bytes() for path in composed)).hexdigest()
     in_tree = (root / "csrc").is_dir()
     recorded = {} if in_tree else (build_record() or {}).get("sources", {})
     stem = op

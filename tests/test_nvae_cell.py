@@ -32,9 +32,11 @@ def call(label, shape=(2, 6, 5, 7), **options):
 def test_every_sample(target):
     backend, device = target
     ran = 0
+    # Triton's interpreter is slow.
+    most, fewest = (800, 20) if target == ("triton", "cpu") else (100_000, 40)
     with testing.poison_uninitialized():
         for sample in testing.samples(NAME, device):
-            if sample.elements > 100_000:
+            if sample.elements > most:
                 continue
             why = testing.unsupported(NAME, backend, sample)
             if why:
@@ -43,7 +45,7 @@ def test_every_sample(target):
                 continue
             check_forward(NAME, backend, sample)
             ran += 1
-    assert ran > 40
+    assert ran > fewest
 
 
 def layers(x, skip, convs, biases, norms, gate, stride, up, batch_stats):
@@ -196,6 +198,26 @@ def test_compiled_without_graph_breaks(branch):
     with torch.no_grad(), use_backend("cpu"):
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*args[:2]), step(*args[:2]))
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("branch", ["mconv", "bnswish"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_on_a_gpu(dtype, branch):
+    torch._dynamo.reset()
+    args = build(
+        Draw("cuda", 0, "gpu"), (2, 32, 8, 8), dtype, dtype, "channels_last", branch=branch, up=True
+    )[0]
+
+    def step(x, skip):
+        return 2 * ops.nvae_cell(x + 1, skip, *args[2:], backend="triton")
+
+    with torch.no_grad():
+        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        got = torch.compile(step, fullgraph=True)(*args[:2])
+        torch.testing.assert_close(got, step(*args[:2]), rtol=tolerance, atol=tolerance)
     torch._dynamo.reset()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from lsgm_fast import fused
 from lsgm_fast.composed import nvae_cell as composed
+from lsgm_fast.composed import nvae_cell_triton as composed_triton
 from lsgm_fast.dispatch import define_op
 from lsgm_fast.ops import _prepare
 from lsgm_fast.reference.nvae_cell import nvae_cell as reference
@@ -92,14 +94,20 @@ def _reasons(
     batch_stats: bool = False,
     eps: float = 1e-5,
     scale: float = 0.1,
+    *,
+    device: str,
+    supported: tuple[torch.dtype, ...],
 ) -> list[str]:
     tensors = (x, skip, *convs, *biases, *norms, *squeeze_excite)
     why = _prepare.other_device(x.device, **{f"tensor {i}": t for i, t in enumerate(tensors)})
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(device if x.device.type == "meta" else x.device.type):
         why.append("under autocast: its convolutions would keep float32")
-    if any(t.dtype != torch.float32 for t in tensors):
+    if x.dtype not in supported or any(t.dtype != x.dtype for t in tensors):
         dtypes = ", ".join(sorted({str(t.dtype) for t in tensors}))
-        why.append(f"dtypes {dtypes}: float32 is supported")
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
+        if len(supported) > 1:
+            expected = f"one of {expected} for all of them"
+        why.append(f"dtypes {dtypes}: {expected} is supported")
     if x.numel() == 0:
         why.append(f"x has shape {tuple(x.shape)}: it is empty")
     elif batch_stats and min(x[:, 0].numel(), skip[:, 0].numel()) < 2:
@@ -129,7 +137,26 @@ fused.register_composed(
     "cpu",
     composed.forward,
     available=composed.unavailable,
-    reasons=_reasons,
+    reasons=functools.partial(_reasons, device="cpu", supported=(torch.float32,)),
     auto_reasons=_slower,
     priority=30,
+)
+
+
+def _triton_reasons(x: torch.Tensor, *args: object, **kwargs: object) -> list[str]:
+    supported = (torch.float32, torch.bfloat16, torch.float16)
+    why = _reasons(x, *args, device="cuda", supported=supported, **kwargs)  # type: ignore[arg-type]
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        why.append("Triton's interpreter multiplies the bits of bfloat16 as integers")
+    return why
+
+
+fused.register_composed(
+    nvae_cell,
+    "triton",
+    composed_triton.forward,
+    available=composed_triton.unavailable,
+    reasons=_triton_reasons,
+    auto_reasons=lambda *args, **kwargs: ["not measured on a GPU yet: name backend='triton' to use it"],
+    priority=20,
 )
