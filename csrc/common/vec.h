@@ -108,12 +108,16 @@ struct Vec<float> {
   static constexpr int width = 16;
 };
 
-static inline __m512 join(__m256 low, __m256 high) {
-  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+static inline __m512 widen16(__m256i bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
 }
 static inline __m256i bf16x16(__m512 x) {
-  const __m128i low = bf16x8(_mm512_castps512_ps256(x)), high = bf16x8(_mm512_extractf32x8_ps(x, 1));
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i chosen = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
 }
 static inline __m256i f16x16(__m512 x) {
   return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -124,8 +128,7 @@ static inline void load(Vec<float>& x, const Half* p) {
   x.v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 static inline void load(Vec<float>& x, const BFloat16* p) {
-  const auto* halves = reinterpret_cast<const __m128i*>(p);
-  x.v = join(widen8(_mm_loadu_si128(halves)), widen8(_mm_loadu_si128(halves + 1)));
+  x.v = widen16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 static inline void store(Vec<float> x, float* p) { _mm512_storeu_ps(p, x.v); }
 static inline void store(Vec<float> x, Half* p) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f16x16(x.v)); }
@@ -143,10 +146,7 @@ static inline Vec<float> min(Vec<float> a, Vec<float> b) { return {_mm512_min_ps
 static inline Vec<float> abs(Vec<float> a) { return {_mm512_abs_ps(a.v)}; }
 static inline Vec<float> rounded(Vec<float> x, Type<float>) { return x; }
 static inline Vec<float> rounded(Vec<float> x, Type<Half>) { return {_mm512_cvtph_ps(f16x16(x.v))}; }
-static inline Vec<float> rounded(Vec<float> x, Type<BFloat16>) {
-  const __m256i bits = bf16x16(x.v);
-  return {join(widen8(_mm256_castsi256_si128(bits)), widen8(_mm256_extracti128_si256(bits, 1)))};
-}
+static inline Vec<float> rounded(Vec<float> x, Type<BFloat16>) { return {widen16(bf16x16(x.v))}; }
 static inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 static inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from lsgm_fast.ops.depthwise_bn_swish import depthwise_bn_swish
     from lsgm_fast.ops.diffuse import diffuse
     from lsgm_fast.ops.fir_resample import fir_resample
-    from lsgm_fast.ops.group_norm_swish import group_norm_swish
+    from lsgm_fast.ops.group_norm_swish import (
+        group_norm_swish,
+        group_norm_swish_affine,
+        group_norm_swish_residual,
+    )
     from lsgm_fast.ops.mixed_score import mixed_score
     from lsgm_fast.ops.mixture_logistic import mixture_logistic_log_prob, mixture_logistic_mean
     from lsgm_fast.ops.multistep_update import multistep_update

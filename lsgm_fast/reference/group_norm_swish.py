@@ -1,4 +1,4 @@
-"""Reference GroupNorm followed by Swish, with an optional per-sample channel bias in front."""
+"""Reference GroupNorm followed by Swish, with a per-sample channel bias or a residual sum in front."""
 
 from __future__ import annotations
 
@@ -15,7 +15,40 @@ def group_norm_swish(
     channel_bias: torch.Tensor | None = None,
     swish: bool = True,
 ) -> torch.Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    v = x.to(dtype)
     if channel_bias is not None:
-        x = x + channel_bias[:, :, None, None]
-    y = F.group_norm(x, groups, weight, bias, eps)
-    return F.silu(y) if swish else y
+        v = v + channel_bias.to(dtype)[:, :, None, None]
+    y = F.group_norm(v, groups, weight.to(dtype), bias.to(dtype), eps)
+    return (F.silu(y) if swish else y).to(x.dtype)
+
+
+def group_norm_swish_residual(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    scale: float,
+    eps: float = 1e-6,
+    swish: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    v = ((x.to(dtype) + residual.to(dtype)) * scale).to(x.dtype)
+    return v, group_norm_swish(v, weight, bias, groups, eps, None, swish)
+
+
+def group_norm_swish_affine(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    v = x.to(dtype).unflatten(1, (groups, -1)).flatten(2)
+    mean = v.mean(dim=2)
+    var = (v - mean[:, :, None]).square().mean(dim=2)
+    spread = x.shape[1] // groups
+    factor = torch.rsqrt(var + eps).repeat_interleave(spread, dim=1) * weight.to(dtype)
+    return factor, bias.to(dtype) - mean.repeat_interleave(spread, dim=1) * factor
