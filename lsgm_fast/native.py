@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,21 +91,30 @@ def module() -> ModuleType | None:
         return None
 
 
+# How the source of a composed operation names others: called, or imported.
+_USED = re.compile(rb"(?:\bops\.|lsgm_fast\.composed\.|lsgm_fast\.kernels import )([a-z][a-z0-9_]*)")
+
+
 def source_hash(op: str) -> str | None:
     """sha256 over the sources of the operation's kernels: ``csrc/<stem>``, ``kernels/<stem>.py`` and what they share.
 
     The stem is the operation's name, or that of its family (``rk`` for ``rk_stage``). From the source tree where there
-    is one, else as recorded when the libraries were built. For an operation composed of others' calls, of
-    ``lsgm_fast/composed/<op>*.py``, and of all Triton kernels where some are its own: it may call any of them. None
-    where none of them knows the operation.
+    is one, else as recorded when the libraries were built. For an operation composed of others, of
+    ``lsgm_fast/composed/<op>*.py``, ``kernels/<op>.py`` if there is one, and everything that these use. None where
+    none of them knows the operation.
     """
     root = _PACKAGE.parent
     composed = sorted((_PACKAGE / "composed").glob(f"{op}*.py"))
     if composed:
-        kernels = next((p for p in (_PACKAGE / "kernels", root / "kernels") if p.is_dir()), None)
-        if kernels is not None and (kernels / f"{op}.py").is_file():
-            composed += sorted(kernels.glob("*.py"))
-        return hashlib.sha256(b"\0".join(path.read_bytes() for path in composed)).hexdigest()
+        composed += [
+            p for p in (_PACKAGE / "kernels" / f"{op}.py", root / "kernels" / f"{op}.py") if p.is_file()
+        ]
+        source = b"\0".join(path.read_bytes() for path in composed)
+        used = sorted({name.decode() for name in _USED.findall(source)} - {op})
+        digest = hashlib.sha256(source)
+        for name in used:
+            digest.update(f"\0{name} {source_hash(name)}".encode())
+        return digest.hexdigest()
     in_tree = (root / "csrc").is_dir()
     recorded = {} if in_tree else (build_record() or {}).get("sources", {})
     stem = op

@@ -377,6 +377,33 @@ def test_the_record_answers_where_there_are_no_sources(fresh, tmp_path):
     assert native.source_hash("mixed_score") == "abc" and native.source_hash("other") is None
 
 
+def test_a_composed_operation_follows_what_it_uses(fresh, tmp_path):
+    package = tmp_path / "lsgm_fast"
+    files = {
+        "composed/whole.py": "from lsgm_fast.composed.helper import f\nops.part_one(x)\n",
+        "composed/whole_triton.py": "ops.part_two(x, backend='triton')\n",
+        "composed/helper.py": "",
+        "kernels/whole.py": "from lsgm_fast.kernels import part_three\n",
+        "kernels/part_one.py": "",
+        "kernels/part_two.py": "",
+        "kernels/part_three.py": "",
+        "kernels/other.py": "",
+    }
+    (tmp_path / "csrc").mkdir()
+    for name, text in files.items():
+        path = (tmp_path if name.startswith("kernels") else package) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    fresh.setattr(native, "_PACKAGE", package)
+    original = native.source_hash("whole")
+    assert original is not None and original == native.source_hash("whole")
+    for name, text in files.items():
+        path = (tmp_path if name.startswith("kernels") else package) / name
+        path.write_text(text + " ")
+        assert (native.source_hash("whole") != original) is (name != "kernels/other.py"), name
+        path.write_text(text)
+
+
 # ---- what the libraries are made of ----
 
 
