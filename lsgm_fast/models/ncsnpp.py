@@ -121,7 +121,7 @@ class ResBlock(nn.Module):
         h = self.conv2(self.dropout(self.norm2(h, bias)))
         if self.shortcut is not None:
             x = self.shortcut(x)
-        return (x + h) * RSQRT2
+        return ops.residual_add(x, h, RSQRT2)
 
 
 class Attention(nn.Module):
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         q, k, v = self.query(tokens), self.key(tokens), self.value(tokens)
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         h = self.proj(h).transpose(1, 2).reshape(x.shape)
-        return (x + h) * RSQRT2
+        return ops.residual_add(x, h, RSQRT2)
 
 
 class DownLevel(nn.Module):

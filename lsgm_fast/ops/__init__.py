@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lsgm_fast.ops.multistep_update import multistep_update
     from lsgm_fast.ops.nvae_cell import nvae_cell
     from lsgm_fast.ops.philox_normal import philox_normal
+    from lsgm_fast.ops.residual_add import residual_add
     from lsgm_fast.ops.rk import rk_control, rk_drift_finish, rk_drift_stage, rk_finish, rk_stage
     from lsgm_fast.ops.score_drift import score_drift
     from lsgm_fast.ops.score_matching_loss import score_matching_loss
