@@ -1,7 +1,6 @@
-// Binds the operators of GroupNorm to lsgm_fast::group_norm_swish_cpu, group_norm_swish_residual_cpu and
-// group_norm_swish_affine_cpu, and the backward operators of the first two. Compiled into both libraries, with LSGM_CUDA
-// defined in the CUDA one, which has no such kernels. The schemas are defined in Python
-// (lsgm_fast/ops/group_norm_swish.py).
+// Binds the operators of GroupNorm to lsgm_fast::group_norm_swish_{cpu,cuda}, group_norm_swish_residual_{cpu,cuda} and
+// group_norm_swish_affine_{cpu,cuda}, and the backward operators of the first two. Compiled into both libraries, with
+// LSGM_CUDA defined in the CUDA one. The schemas are defined in Python (lsgm_fast/ops/group_norm_swish.py).
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -9,8 +8,9 @@
 
 #include "common/channelwise_stable.h"
 #include "group_norm_swish/group_norm_swish.h"
-
-#if !defined(LSGM_CUDA)
+#if defined(LSGM_CUDA)
+#include "group_norm_swish/device.h"
+#endif
 
 namespace lsgm {
 namespace group_norm_swish {
@@ -73,6 +73,66 @@ Tensor new_floats(const Tensor& x, std::initializer_list<int64_t> sizes) {
 
 float* data_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
+#if defined(LSGM_CUDA)
+
+cuda::Call call_of(const Problem& p) {
+  cuda::Call c{};
+  c.order = p.order;
+  c.batch = p.batch;
+  c.channels = p.channels;
+  c.spatial = p.spatial;
+  c.groups = p.groups;
+  c.dtype = p.dtype;
+  c.swish = p.swish;
+  c.eps = p.eps;
+  c.scale = static_cast<double>(p.scale);
+  c.channel_bias = p.channel_bias;
+  c.weight = p.weight;
+  c.bias = p.bias;
+  c.mean = p.mean;
+  c.rstd = p.rstd;
+  return c;
+}
+
+// `launch` with a plan and memory for partial results, which comes from PyTorch's allocator, so that a CUDA graph can
+// own it.
+void run(cuda::Call& c, const Tensor& x, int64_t (*sum_count)(const cuda::Call&),
+    void (*launch)(const cuda::Call&, void*)) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  cuda::plan(c);
+  const Tensor partials = torch::stable::new_empty(x, {cuda::partial_count(c)}, ScalarType::Double);
+  Tensor sums = new_floats(x, {sum_count(c)});
+  c.partials = static_cast<double*>(partials.mutable_data_ptr());
+  c.sums = data_of(sums);
+  launch(c, current_stream(x));
+}
+
+void run_forward(Problem& p, const Tensor& x) {
+  if (p.batch == 0) return;
+  cuda::Call c = call_of(p);
+  c.x = p.x;
+  c.residual = p.residual;
+  c.v = p.residual == nullptr ? nullptr : p.v;
+  c.y = p.y;
+  c.factor = p.factor;
+  c.shift = p.shift;
+  run(c, x, [](const cuda::Call&) { return int64_t{0}; }, &cuda::forward);
+}
+
+void run_backward(Problem& p, const Tensor& x) {
+  cuda::Call c = call_of(p);
+  c.x = p.v;
+  c.grad = p.grad;
+  c.grad_v = p.grad_v;
+  c.grad_x = p.grad_x;
+  c.grad_weight = p.grad_weight;
+  c.grad_bias = p.grad_bias;
+  c.grad_channel = p.grad_channel_bias;
+  run(c, x, &cuda::sum_count, &cuda::backward);
+}
+
+#else
+
 void in_threads(const Problem& p, int64_t count, void (*kernel)(const Problem&, int64_t, int64_t, double*)) {
   const int64_t size = cpu::scratch_size(p);
   torch::stable::parallel_for(0, count, cpu::grain(p), [&p, size, kernel](int64_t begin, int64_t end) {
@@ -81,7 +141,7 @@ void in_threads(const Problem& p, int64_t count, void (*kernel)(const Problem&, 
   });
 }
 
-void run_forward(Problem& p) {
+void run_forward(Problem& p, const Tensor&) {
   if (p.batch == 0) return;
   cpu::plan(p, false);
   channelwise::Table moments(2 * cpu::moment_count(p));
@@ -95,7 +155,7 @@ void run_forward(Problem& p) {
   in_threads(p, p.units.count * p.units.pieces, &cpu::apply);
 }
 
-void run_backward(Problem& p) {
+void run_backward(Problem& p, const Tensor&) {
   cpu::plan(p, true);
   const std::unique_ptr<double[]> sums(new double[static_cast<size_t>(cpu::sum_count(p))]);  // not set to 0
   p.sums = sums.get();
@@ -109,6 +169,8 @@ void run_backward(Problem& p) {
   cpu::finish(p);
 }
 
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias,
     const std::optional<Tensor>& channel_bias, int64_t groups, double eps, bool swish) {
   Problem p = describe(x, weight, bias, groups, swish);
@@ -119,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   p.y = y.mutable_data_ptr();
   p.mean = data_of(mean);
   p.rstd = data_of(rstd);
-  run_forward(p);
+  run_forward(p, x);
   return {y, mean, rstd};
 }
 
@@ -135,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_forward(const Tensor& x, con
   p.y = y.mutable_data_ptr();
   p.mean = data_of(mean);
   p.rstd = data_of(rstd);
-  run_forward(p);
+  run_forward(p, x);
   return {v, y, mean, rstd};
 }
 
@@ -146,7 +208,7 @@ std::tuple<Tensor, Tensor> affine(
   Tensor factor = new_floats(x, {p.batch, p.channels}), shift = new_floats(x, {p.batch, p.channels});
   p.factor = data_of(factor);
   p.shift = data_of(shift);
-  run_forward(p);
+  run_forward(p, x);
   return {factor, shift};
 }
 
@@ -166,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(
   p.grad_x = grad_x.mutable_data_ptr();
   p.grad_weight = data_of(grad_weight);
   p.grad_bias = data_of(grad_bias);
-  run_backward(p);
+  run_backward(p, v);
   return {grad_x, grad_weight, grad_bias};
 }
 
@@ -196,6 +258,15 @@ std::tuple<Tensor, Tensor, Tensor> residual_backward(const std::optional<Tensor>
 }  // namespace group_norm_swish
 }  // namespace lsgm
 
+#if defined(LSGM_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CUDA, m) {
+  m.impl("group_norm_swish_cuda", TORCH_BOX(&lsgm::group_norm_swish::forward));
+  m.impl("group_norm_swish_cuda_backward", TORCH_BOX(&lsgm::group_norm_swish::backward));
+  m.impl("group_norm_swish_residual_cuda", TORCH_BOX(&lsgm::group_norm_swish::residual_forward));
+  m.impl("group_norm_swish_residual_cuda_backward", TORCH_BOX(&lsgm::group_norm_swish::residual_backward));
+  m.impl("group_norm_swish_affine_cuda", TORCH_BOX(&lsgm::group_norm_swish::affine));
+}
+#else
 STABLE_TORCH_LIBRARY_IMPL(lsgm_fast, CPU, m) {
   m.impl("group_norm_swish_cpu", TORCH_BOX(&lsgm::group_norm_swish::forward));
   m.impl("group_norm_swish_cpu_backward", TORCH_BOX(&lsgm::group_norm_swish::backward));
