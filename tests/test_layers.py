@@ -499,7 +499,7 @@ def test_attention_is_softmax_of_scaled_products():
     weights = torch.softmax(logits.reshape(2, 3, 4, 12), dim=-1).reshape(2, 3, 4, 3, 4)
     mixed = torch.einsum("nhwij,ncij->nchw", weights, v)
     out = torch.einsum("oc,nchw->nohw", layer.proj.weight, mixed) + layer.proj.bias[:, None, None]
-    torch.testing.assert_close(layer(x), (x + out) / math.sqrt(2), **TIGHT)
+    torch.testing.assert_close(layer(x)[0], (x + out) / math.sqrt(2), **TIGHT)
 
 
 @pytest.mark.parametrize("resample", [None, "down", "up"])
@@ -516,8 +516,26 @@ def test_residual_block(resample, kind):
     h = h + (temb @ block.time.weight.T + block.time.bias)[:, :, None, None]
     h = F.conv2d(block.norm2(h), block.conv2.weight, block.conv2.bias, padding=1)
     short = F.conv2d(change(x), block.shortcut.weight, block.shortcut.bias)
-    torch.testing.assert_close(block(x, temb), (short + h) / math.sqrt(2), **TIGHT)
-    assert not torch.allclose(block.train()(x, temb), (short + h) / math.sqrt(2))  # dropout
+    expected = (short + h) / math.sqrt(2)
+    out, nothing = block(x, temb)
+    torch.testing.assert_close(out, expected, **TIGHT)
+    assert nothing is None
+    assert not torch.allclose(block.train()(x, temb)[0], expected)  # dropout
+
+
+def test_residual_block_that_normalises_for_its_neighbours():
+    config = ScoreConfig(channels=8, dropout=0.0)
+    block = randomized(ResBlock(8, 12, 16, config)).eval()
+    then = randomized(GroupNormSwish(12, swish=False))
+    x, temb = rand(2, 8, 4, 4), rand(2, 16, seed=3)
+    expected, _ = block(x, temb)
+    out, normed = block(x, temb, block.entry(x), then)
+    torch.testing.assert_close(out, expected, **TIGHT)
+    torch.testing.assert_close(normed, then(expected), **TIGHT)
+    # It believes what it is told.
+    assert not torch.allclose(block(x, temb, torch.zeros_like(x))[0], expected)
+    # Nothing comes between the sum and the normalisation, only then can they be one.
+    assert ResBlock(8, 8, 16, config, "down").entry is None
 
 
 def test_residual_block_without_shortcut():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,16 @@ class GroupNormSwish(nn.Module):
     def forward(self, x: torch.Tensor, channel_bias: torch.Tensor | None = None) -> torch.Tensor:
         return ops.group_norm_swish(x, self.weight, self.bias, self.groups, GN_EPS, channel_bias, self.swish)
 
+    def resampled(self, x: torch.Tensor, direction: str, fir: bool) -> torch.Tensor:
+        """The result, enlarged or reduced by two."""
+        return ops.group_norm_resample(x, self.weight, self.bias, self.groups, direction, fir, GN_EPS)
+
+    def of_sum(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(x + h) / sqrt(2)``, the end of a residual block, and its normalisation."""
+        return ops.group_norm_swish_residual(
+            x, h, self.weight, self.bias, self.groups, RSQRT2, GN_EPS, self.swish
+        )
+
 
 class TimeEmbedding(nn.Module):
     """Embedding of t and two linear layers, in float32 whatever the autocast state.
@@ -87,6 +98,15 @@ class TimeEmbedding(nn.Module):
             return self.linear2(F.silu(self.linear1(h)))
 
 
+def _summed(
+    x: torch.Tensor, h: torch.Tensor, norm: GroupNormSwish | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``(x + h) / sqrt(2)``, and what the normalisation behind it makes of that."""
+    if norm is None:
+        return ops.residual_add(x, h, RSQRT2), None
+    return norm.of_sum(x, h)
+
+
 class ResBlock(nn.Module):
     """BigGAN residual block: GN-Swish, resample, conv, time bias, GN-Swish, dropout, conv; ``(x + h) / sqrt(2)``."""
 
@@ -110,18 +130,40 @@ class ResBlock(nn.Module):
         needs_shortcut = in_channels != out_channels or resample is not None
         self.shortcut = _conv(in_channels, out_channels, 1) if needs_shortcut else None
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """x: (B, C, H, W). temb: (B, time_width), already activated."""
-        h = self.norm1(x)
+    @property
+    def entry(self) -> GroupNormSwish | None:
+        """The normalisation that may be computed together with the sum that makes this block's input."""
+        return self.norm1 if self.resample is None else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        temb: torch.Tensor,
+        normed: torch.Tensor | None = None,
+        then: GroupNormSwish | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the block.
+
+        Args:
+            x: (B, C, H, W). temb: (B, time_width), already activated.
+            normed: what :attr:`entry` makes of x, if that is known. then: the normalisation of the result, if it is
+                wanted.
+
+        Returns:
+            The result, and what ``then`` makes of it or None.
+        """
         if self.resample is not None:
-            h, x = ops.fir_resample(h, self.resample, self.fir), ops.fir_resample(x, self.resample, self.fir)
+            h = self.norm1.resampled(x, self.resample, self.fir)
+            x = ops.fir_resample(x, self.resample, self.fir)
+        else:
+            h = self.norm1(x) if normed is None else normed
         h = self.conv1(h)
         with torch.autocast(x.device.type, enabled=False):
             bias = self.time(temb)
         h = self.conv2(self.dropout(self.norm2(h, bias)))
         if self.shortcut is not None:
             x = self.shortcut(x)
-        return ops.residual_add(x, h, RSQRT2)
+        return _summed(x, h, then)
 
 
 class Attention(nn.Module):
@@ -135,12 +177,25 @@ class Attention(nn.Module):
         self.value = _linear(channels, channels, 0.1)
         self.proj = _linear(channels, channels, ZERO_INIT)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
+    @property
+    def entry(self) -> GroupNormSwish:
+        """As of :class:`ResBlock`."""
+        return self.norm
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        temb: torch.Tensor | None = None,
+        normed: torch.Tensor | None = None,
+        then: GroupNormSwish | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As of :class:`ResBlock`. temb is not used: both are called alike."""
+        normed = self.norm(x) if normed is None else normed
+        tokens = normed.flatten(2).transpose(1, 2)
         q, k, v = self.query(tokens), self.key(tokens), self.value(tokens)
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         h = self.proj(h).transpose(1, 2).reshape(x.shape)
-        return ops.residual_add(x, h, RSQRT2)
+        return _summed(x, h, then)
 
 
 class DownLevel(nn.Module):
@@ -246,30 +301,48 @@ class NCSNpp(nn.Module):
             raise ValueError(f"expected t of shape ({z.shape[0]},) or a single value, got {tuple(t.shape)}")
         temb = F.silu(self.time_embedding(t.expand(z.shape[0])))
 
-        def run(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-            return recomputed(module, *inputs, when=self.recompute)
-
         h = self.conv_in(z)
-        skips = [h]
+        skips, normed = [h], None
+        steps = self._steps()
+        for step, following in zip(steps, [*steps[1:], None], strict=True):
+            if step.joins:
+                h, normed = torch.cat((h, skips.pop()), dim=1), None
+            if self.recompute:
+                # Only inputs are kept: one tensor, not two.
+                h, normed = recomputed(step.module, h, temb, when=True)
+            else:
+                then = self.norm_out if following is None else following.entry
+                h, normed = step.module(h, temb, normed, then)
+            if step.keeps:
+                skips.append(h)
+        return self.conv_out(self.norm_out(h) if normed is None else normed)
+
+    def _steps(self) -> list[_Step]:
+        """Residual blocks and attention in the order in which they run."""
+        steps = []
         for down in self.down:
             for i, block in enumerate(down.blocks):
-                h = run(block, h, temb)
+                steps.append(_Step(block, keeps=not down.attention))
                 if down.attention:
-                    h = run(down.attention[i], h)
-                skips.append(h)
+                    steps.append(_Step(down.attention[i], keeps=True))
             if down.downsample is not None:
-                h = run(down.downsample, h, temb)
-                skips.append(h)
-
-        h = run(self.mid_block1, h, temb)
-        h = run(self.mid_attention, h)
-        h = run(self.mid_block2, h, temb)
-
+                steps.append(_Step(down.downsample, keeps=True))
+        steps += [_Step(self.mid_block1), _Step(self.mid_attention), _Step(self.mid_block2)]
         for up in self.up:
-            for block in up.blocks:
-                h = run(block, torch.cat((h, skips.pop()), dim=1), temb)
-            if up.attention is not None:
-                h = run(up.attention, h)
-            if up.upsample is not None:
-                h = run(up.upsample, h, temb)
-        return self.conv_out(self.norm_out(h))
+            steps += [_Step(block, joins=True) for block in up.blocks]
+            steps += [_Step(module) for module in (up.attention, up.upsample) if module is not None]
+        return steps
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One module of the network. joins: its input is joined with a skip connection's. keeps: its result becomes one."""
+
+    module: ResBlock | Attention
+    joins: bool = False
+    keeps: bool = False
+
+    @property
+    def entry(self) -> GroupNormSwish | None:
+        """The normalisation of the sum in front of it, where nothing comes between."""
+        return None if self.joins else self.module.entry

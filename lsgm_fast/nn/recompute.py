@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ def recomputing() -> bool:
     return _state.active
 
 
-def recomputed(module: nn.Module, *args: object, when: bool) -> torch.Tensor:
+def recomputed(module: nn.Module, *args: object, when: bool) -> Any:
     """``module(*args)``; where ``when`` holds, only the arguments are kept for the backward pass, which computes again.
 
     Takes effect in training mode with gradients enabled (Chen et al. 2016, "Training deep nets with sublinear memory

@@ -33,8 +33,9 @@ def group_norm_swish_residual(
     eps: float = 1e-6,
     swish: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    v = ((x.to(dtype) + residual.to(dtype)) * scale).to(x.dtype)
+    result = torch.promote_types(x.dtype, residual.dtype)
+    dtype = torch.promote_types(result, torch.float32)
+    v = ((x.to(dtype) + residual.to(dtype)) * scale).to(result)
     return v, group_norm_swish(v, weight, bias, groups, eps, None, swish)
 
 
