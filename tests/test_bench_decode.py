@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import decode, measure  # noqa: E402
+from benchmarks import decode, forward, measure  # noqa: E402
 from lsgm_fast import dispatch  # noqa: E402
 from lsgm_fast.dispatch import REGISTRY  # noqa: E402
 
@@ -50,14 +50,16 @@ def run(
     case: decode.Case, early: Any = lambda result: None, seconds: float = 60.0, **limits: Any
 ) -> dict[str, Any]:
     """The case in this process, as an entry of a record."""
-    result = decode.run_case(case, budget=measure.Budget(seconds), early=early, **{**LIMITS, **limits})
+    result = forward.run_case(
+        case, decode.Decoder, budget=measure.Budget(seconds), early=early, **{**LIMITS, **limits}
+    )
     return {"parameters": asdict(case)} | result
 
 
 def test_record_of_tiny_presets(tmp_path: Path, idle: None, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--presets", "tiny-multiscale", "--batch", "2", "--memory-format", "channels_last"]
     arguments += ["--no-compile", "--repeats", "3", "3", "--budget", "120", "--dry-run"]
-    assert decode.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert decode.BENCHMARK.main([*arguments, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/decode.json")
     record = json.loads(path.read_text())
     measure.check_record(record)
@@ -67,7 +69,7 @@ def test_record_of_tiny_presets(tmp_path: Path, idle: None, capsys: pytest.Captu
     assert [entry["parameters"]["bn"] for entry in record["cases"]] == ["running", "batch"]
     for entry in record["cases"]:
         parameters, figures = entry["parameters"], entry["figures"]
-        assert parameters.pop("tolerance") == decode.TOLERANCE and not entry["failures"]
+        assert parameters.pop("tolerance") == forward.TOLERANCE and not entry["failures"]
         wanted = replace(CASE, preset="tiny-multiscale", bn=parameters["bn"], memory_format="channels_last")
         assert decode.Case(**parameters) == wanted
         eager = [figures[name] for name in ("reference", "auto")]
@@ -80,7 +82,7 @@ def test_record_of_tiny_presets(tmp_path: Path, idle: None, capsys: pytest.Captu
             assert missing == measure.not_measured("not asked for (--no-compile)")
         differences = figures["difference"]["auto"]
         assert set(differences) == {"images", "image_parameters"}
-        assert all(0.0 <= d["median"] <= decode.TOLERANCE for d in differences.values())
+        assert all(0.0 <= d["median"] <= forward.TOLERANCE for d in differences.values())
         floor = figures["byte_floor"]
         assert floor["seconds"]["value"] == pytest.approx(
             floor["bytes"]["median"] / (1e9 * floor["copy"]["median"])
@@ -109,14 +111,17 @@ def test_the_compiled_decode_takes_part(eager_compiler: None) -> None:
     (before,) = entries
     assert before["figures"]["compile"]["reason"].startswith(measure.OUT_OF_TIME)
     assert before["figures"]["reference_over_auto"]["n"] == 3
-    assert "-" not in decode.table([entry]).splitlines()[1].replace("tiny-", "").replace("e-", "").split()
+    assert (
+        "-"
+        not in decode.BENCHMARK.table([entry]).splitlines()[1].replace("tiny-", "").replace("e-", "").split()
+    )
 
 
 @pytest.mark.slow
 def test_torch_compile_of_the_decode() -> None:
     figures = run(replace(CASE, compile=True, bn="batch"))["figures"]
     assert figures["compile"]["seconds"]["median"] > 0.0
-    assert 0.0 < figures["difference"]["compile"]["images"]["median"] <= decode.TOLERANCE
+    assert 0.0 < figures["difference"]["compile"]["images"]["median"] <= forward.TOLERANCE
 
 
 def test_a_contender_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,12 +132,14 @@ def test_a_contender_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch)
     entry = run(CASE)
     figures = entry["figures"]
     (failure,) = entry["failures"]
-    assert failure.startswith("auto: AssertionError: image") and f"{decode.TOLERANCE:g} is allowed" in failure
+    assert (
+        failure.startswith("auto: AssertionError: image") and f"{forward.TOLERANCE:g} is allowed" in failure
+    )
     for name in ("auto", "reference_over_auto", "compile_over_auto"):
         assert figures[name]["kind"] == "not_measured"
     assert "differ from the reference's" in figures["auto"]["reason"]
     assert figures["reference"]["seconds"]["n"] == 3
-    assert decode.table([entry]).splitlines()[1].split()[5:10] == ["-"] * 5
+    assert decode.BENCHMARK.table([entry]).splitlines()[1].split()[5:10] == ["-"] * 5
 
 
 def test_a_contender_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +158,10 @@ def test_a_contender_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_nan_is_a_difference() -> None:
     expected = {"images": torch.tensor([0.0, 1.0])}
-    assert decode.compare("auto", {"images": torch.tensor([0.0, 1.0 + 1e-5])}, expected)["images"]["n"] == 1
+    assert forward.compare("auto", {"images": torch.tensor([0.0, 1.0 + 1e-5])}, expected)["images"]["n"] == 1
     for wrong in (1.001, float("nan")):
         with pytest.raises(AssertionError, match="images differ"):
-            decode.compare("auto", {"images": torch.tensor([0.0, wrong])}, expected)
+            forward.compare("auto", {"images": torch.tensor([0.0, wrong])}, expected)
 
 
 def test_the_floor_counts_weights_and_cells_once() -> None:
@@ -172,15 +179,15 @@ def test_the_floor_counts_weights_and_cells_once() -> None:
 
 
 def test_the_memory_format_is_honoured() -> None:
-    for name in decode.MEMORY_FORMATS:
+    for name in forward.MEMORY_FORMATS:
         decoder = decode.Decoder(replace(CASE, preset="tiny-rgb", memory_format=name))
         found = decoder.outputs("reference")["image_parameters"]
-        layouts = {n: found.is_contiguous(memory_format=f) for n, f in decode.MEMORY_FORMATS.items()}
+        layouts = {n: found.is_contiguous(memory_format=f) for n, f in forward.MEMORY_FORMATS.items()}
         assert layouts == {n: n == name for n in layouts}
 
 
 def test_default_batches() -> None:
-    cases = decode.cases_of(decode.parser().parse_args([]))
+    cases = decode.BENCHMARK.cases_of(decode.BENCHMARK.parser().parse_args([]))
     assert {(case.preset, case.batch) for case in cases} == {
         ("digits", 16),
         ("mnist", 16),
@@ -188,7 +195,7 @@ def test_default_batches() -> None:
         ("celebahq256-quantitative", 1),
     }
     assert {case.bn for case in cases} == {"running", "batch"} and all(case.compile for case in cases)
-    given = decode.cases_of(decode.parser().parse_args(["--batch", "3", "--no-compile"]))
+    given = decode.BENCHMARK.cases_of(decode.BENCHMARK.parser().parse_args(["--batch", "3", "--no-compile"]))
     assert {case.batch for case in given} == {3} and not any(case.compile for case in given)
 
 
@@ -215,7 +222,7 @@ def test_a_process_stopped_while_it_compiles(
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setattr(measure, "GRACE_SECONDS", 0.0)
     budget = measure.Budget(2.0 if timeout else 60.0)
-    entry = decode.time_case(CASE, budget, fewest=1, most=1, allowed=1.0)
+    entry = decode.BENCHMARK.time_case(CASE, budget, fewest=1, most=1, allowed=1.0)
     reason = entry["figures"]["compile"]["reason"]
     if timeout:
         assert reason.startswith(measure.OUT_OF_TIME) and entry["failures"] == []
@@ -230,15 +237,15 @@ def test_a_process_that_leaves_nothing_is_a_failure(tmp_path: Path, monkeypatch:
     script.write_text("#!/bin/sh\necho no memory >&2\nkill -9 $$\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    entry = decode.time_case(CASE, measure.Budget(60), fewest=1, most=1, allowed=1.0)
+    entry = decode.BENCHMARK.time_case(CASE, measure.Budget(60), fewest=1, most=1, allowed=1.0)
     assert entry["failures"] == ["the process ended with status -9: no memory"]
     assert {figure["kind"] for figure in entry["figures"].values()} == {"not_measured"}
-    assert decode.table([entry]).splitlines()[1].split()[4:] == ["-"] * 8
+    assert decode.BENCHMARK.table([entry]).splitlines()[1].split()[4:] == ["-"] * 8
 
 
 def test_without_time_there_are_no_figures(tmp_path: Path, idle: None) -> None:
     arguments = ["--presets", "tiny-binary", "--budget", "1e-6", "--out", str(tmp_path)]
-    assert decode.main(arguments) == 0
+    assert decode.BENCHMARK.main(arguments) == 0
     (path,) = tmp_path.glob("*/decode.json")
     record = json.loads(path.read_text())
     assert record["complete"] is False and record["cases"] == []
@@ -248,14 +255,14 @@ def test_without_time_there_are_no_figures(tmp_path: Path, idle: None) -> None:
 def test_a_compiler_that_took_too_long_is_left_out(
     tmp_path: Path, idle: None, eager_compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def in_time(case: decode.Case, budget: measure.Budget, **limits: Any) -> dict[str, Any]:
+    def in_time(self: Any, case: decode.Case, budget: measure.Budget, **limits: Any) -> dict[str, Any]:
         results: list[dict[str, Any]] = []
         entry = run(case, early=results.append)
         return entry | results[0] | {"parameters": asdict(case)}
 
-    monkeypatch.setattr(decode, "time_case", in_time)
+    monkeypatch.setattr(forward.Benchmark, "time_case", in_time)
     arguments = ["--presets", "tiny-binary", "--bn", "running", "--batch", "2", "--out", str(tmp_path)]
-    assert decode.main(arguments) == 0
+    assert decode.BENCHMARK.main(arguments) == 0
     (path,) = tmp_path.glob("*/decode.json")
     assert json.loads(path.read_text())["left_out"] == ["tiny-binary running batch 2 contiguous: compile"]
 
@@ -271,7 +278,9 @@ def test_a_budget_that_ends_with_the_compiler_keeps_the_rest(monkeypatch: pytest
         return call
 
     monkeypatch.setattr(torch, "compile", slow)
-    result = decode.run_case(replace(CASE, compile=True), budget=budget, early=lambda result: None, **LIMITS)
+    result = forward.run_case(
+        replace(CASE, compile=True), decode.Decoder, budget=budget, early=lambda result: None, **LIMITS
+    )
     assert result["figures"]["compile"]["reason"].startswith(measure.OUT_OF_TIME)
     assert result["figures"]["reference_over_auto"]["n"] == 3 and result["failures"] == []
 
@@ -280,7 +289,7 @@ def test_a_busy_machine_is_not_timed(
     tmp_path: Path, idle: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(measure, "busy_because", lambda *args, **kwargs: ["a test says so"])
-    assert decode.main(["--presets", "tiny-rgb", "--out", str(tmp_path)]) == 3
+    assert decode.BENCHMARK.main(["--presets", "tiny-rgb", "--out", str(tmp_path)]) == 3
     assert "a test says so" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -296,7 +305,7 @@ def test_a_busy_machine_is_not_timed(
 )
 def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        decode.main(arguments)
+        decode.BENCHMARK.main(arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -305,7 +314,7 @@ def test_record_on_a_gpu(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     arguments = ["--presets", "tiny-multiscale", "--batch", "2", "--no-compile", "--device", "cuda"]
-    assert decode.main([*arguments, "--force", "--dry-run", "--out", str(tmp_path)]) == 0
+    assert decode.BENCHMARK.main([*arguments, "--force", "--dry-run", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/decode.json")
     assert all(
         entry["figures"]["auto"]["seconds"]["n"] >= 5 for entry in json.loads(path.read_text())["cases"]

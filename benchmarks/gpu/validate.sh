@@ -16,6 +16,7 @@ parts (default: all)
   ops                      fused operations against eager and torch.compile, with achieved bandwidth
   solver                   whole solves with a network that costs nothing: the solver's own arithmetic
   decode                   latents to images: eager, torch.compile and the kernels, beside the floor of bytes
+  score                    an evaluation of the score network, likewise
   time-small               mnist, omniglot
   time-cifar               cifar10-fid (cifar10-balanced has the same networks)
   time-cifar-nll           cifar10-nll
@@ -44,21 +45,21 @@ die() {
   exit 2
 }
 
-all_parts=(env build tests kernels ops solver decode time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
+all_parts=(env build tests kernels ops solver decode score time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
 parts=()
 budget=420
 dry_run=0
 timing=()
 ops=()
 solver=()
-decode=()
+forward=()
 common=()
 
 while (($#)); do
   case $1 in
     --budget) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--budget expects seconds, got '${2:-}'"; budget=$2; shift ;;
     --dry-run) dry_run=1 ;;
-    --force) timing+=(--force); ops+=(--force); solver+=(--force); decode+=(--force) ;;
+    --force) timing+=(--force); ops+=(--force); solver+=(--force); forward+=(--force) ;;
     --no-solved) timing+=(--no-solved) ;;
     --commit) [[ -n ${2:-} ]] || die "--commit expects a commit"; common+=(--commit "$2"); shift ;;
     -h | --help) usage; exit 0 ;;
@@ -97,7 +98,7 @@ if ((dry_run)); then
   timing+=(--force --batch 2 --repeats 3 3)
   ops+=(--quick --rounds 3 --force)
   solver+=(--force --batch 2 --rounds 2)
-  decode+=(--force --batch 2 --repeats 3 3)
+  forward+=(--force --batch 2 --repeats 3 3)
 else
   common+=(--device cuda)
 fi
@@ -105,7 +106,7 @@ fi
 presets_of() {
   if ((dry_run)); then
     case $1 in
-      time-small | decode) echo tiny-binary ;;
+      time-small | decode | score) echo tiny-binary ;;
       solver) echo tiny-rgb ;;
       time-cifar*) echo tiny-rgb ;;
       time-celeba*) echo tiny-multiscale ;;
@@ -116,6 +117,7 @@ presets_of() {
     time-small) echo mnist omniglot ;;
     solver) echo mnist cifar10-fid cifar10-nll celebahq256-quantitative celebahq256-qualitative ;;
     decode) echo mnist cifar10-nll celebahq256-quantitative ;;
+    score) echo mnist cifar10-fid celebahq256-quantitative ;;
     time-cifar) echo cifar10-fid ;;
     time-cifar-nll) echo cifar10-nll ;;
     time-celeba) echo celebahq256-quantitative ;;
@@ -144,10 +146,10 @@ run_part() {
       limited "$python" -m benchmarks.solver --presets "${presets[@]}" --budget "$budget" \
         ${solver[@]+"${solver[@]}"} "${common[@]}"
       ;;
-    decode)
+    decode | score)
       read -ra presets <<<"$(presets_of "$1")"
-      limited "$python" -m benchmarks.decode --presets "${presets[@]}" --budget "$budget" \
-        ${decode[@]+"${decode[@]}"} "${common[@]}"
+      limited "$python" -m "benchmarks.$1" --presets "${presets[@]}" --budget "$budget" \
+        ${forward[@]+"${forward[@]}"} "${common[@]}"
       ;;
     kernels) limited "$python" -m benchmarks.kernels "${common[@]}" --budget "$budget" ;;
     time-*)
