@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lsgm_fast.testing.inputs import F32, SAME_DTYPES, Call, Draw, OpSamples, Shape
+from lsgm_fast.testing.inputs import BF16, F16, F32, F64, Call, Draw, OpSamples, Shape, lay_out
 
 # Pixels (3, H, W).
 SHAPES: dict[str, Shape] = {"cifar10": (3, 32, 32), "celebahq256 crop": (3, 64, 64)}
@@ -29,8 +29,8 @@ def build_log_prob(
 ) -> Call:
     levels = 2**num_bits - 1
     pixels = draw.uniform(*shape, low=0.0, high=levels + 1.0, dtype=torch.float64).floor()
-    x = (pixels / levels * 2 - 1).to(dtype)
-    return (x, _logits(draw, shape, dtype, layout, mixtures), num_bits), {}
+    x = lay_out((pixels / levels * 2 - 1).to(dtype), layout, draw.generator)
+    return (x, _logits(draw, shape, network_dtype, layout, mixtures), num_bits), {}
 
 
 def build_mean(draw: Draw, shape: Shape, dtype: torch.dtype, network_dtype: torch.dtype, layout: str) -> Call:
@@ -52,8 +52,8 @@ SAMPLES = {
         build_log_prob,
         SHAPES,
         awkward=AWKWARD,
-        dtypes=(SAME_DTYPES[0], SAME_DTYPES[3]),
-        differentiable=(0, 1),
+        dtypes=((F32, F32), (F64, F64), (F32, BF16), (F32, F16)),
+        differentiable=(1,),
         extra=extra_log_prob,
         base=(2, 3, 5, 4),
         selftest=(2, 3, 7, 5),
