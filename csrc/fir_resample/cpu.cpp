@@ -143,8 +143,7 @@ inline Register load_some(const Half* p, int64_t n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))};
 }
 inline Register load_some(const BFloat16* p, int64_t n) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(n), p);
-  return {join(widen8(_mm256_castsi256_si128(bits)), widen8(_mm256_extracti128_si256(bits, 1)))};
+  return {widen16(_mm256_maskz_loadu_epi16(first_lanes(n), p))};
 }
 inline void store_some(Register x, Half* p, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), f16x16(x.v));

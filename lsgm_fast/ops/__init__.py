@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lsgm_fast.ops.depthwise_bn_swish import depthwise_bn_swish
     from lsgm_fast.ops.diffuse import diffuse
     from lsgm_fast.ops.fir_resample import fir_resample
+    from lsgm_fast.ops.group_norm_resample import group_norm_resample
     from lsgm_fast.ops.group_norm_swish import (
         group_norm_swish,
         group_norm_swish_affine,
