@@ -180,11 +180,7 @@ def plane_kernel(
                     x_ptr, origin + 2 * right, row, height, 2 * width, exists & (right < width),
                     factor, shift, scale, FIR, ACTIVATED,
                 )  # fmt: skip
-            y = (
-                3.0 * y
-                + beside(odd, -1, odd_left, LINES, WIDTH)
-                + beside(even, 1, even_right, LINES, WIDTH)
-            )
+            y = 3.0 * y + beside(odd, -1, odd_left, LINES, WIDTH) + beside(even, 1, even_right, LINES, WIDTH)
         store(y_ptr + (line * width + column), y, exists & (column < width))
 
 
@@ -296,7 +292,7 @@ def pixel_kernel(
 # --- How a call is cut into programs: functions of the shape alone ----------------------------------------------------
 
 TILE = 512
-"""Elements of the smaller image in a tile of planes: four per thread."""
+"""Elements of the smaller image in a tile of planes in float32, four per thread; twice as many in half precision."""
 
 COLUMNS = 128
 """Most columns of a tile of planes."""
@@ -329,10 +325,15 @@ def plan(
     if inner:
         run = RUN[up]
         runs = triton.cdiv(width, run)
-        count, extent, most, elements = samples * height * runs, channels, CHANNELS, PIXEL_TILE * 2 // itemsize
+        count, extent, most, elements = (
+            samples * height * runs,
+            channels,
+            CHANNELS,
+            PIXEL_TILE * 2 // itemsize,
+        )
     else:
         run = runs = 1
-        count, extent, most, elements = samples * channels * height, width, COLUMNS, TILE
+        count, extent, most, elements = samples * channels * height, width, COLUMNS, TILE * 4 // itemsize
     tile = tile_width(extent, most)
     lines = min(triton.next_power_of_2(count), max(1, elements // tile))
     groups, blocks = triton.cdiv(count, lines), triton.cdiv(extent, tile)
@@ -348,7 +349,7 @@ def plan(
         "LINES": lines,
         "WIDTH": tile,
         "INDEX": index_type(reach + 8 * tile),
-        **launch_options(max(1, lines * tile // (32 * (16 // itemsize if inner else 4)))),
+        **launch_options(max(1, lines * tile // (32 * (16 // itemsize)))),
     }
     return (groups * blocks,), sizes, options
 
@@ -363,7 +364,9 @@ def scale_of(up: bool, fir: bool) -> float:
     return 1.0 if up else 1 / 4
 
 
-def _resample(x: Tensor, factor: Tensor | None, shift: Tensor | None, up: bool, fir: bool, scale: float) -> Tensor:
+def _resample(
+    x: Tensor, factor: Tensor | None, shift: Tensor | None, up: bool, fir: bool, scale: float
+) -> Tensor:
     inner = channels_last(x)
     samples, channels, height, width = x.shape
     size = (2 * height, 2 * width) if up else (height // 2, width // 2)
@@ -416,36 +419,40 @@ def backward(grad: Tensor, up: bool, fir: bool) -> Tensor:
 
 
 def _specialisations() -> Iterator[AotSpec]:
-    """The largest images of the published networks; float16 gives what bfloat16 does."""
-    images: Images = (16, 256, 32, 32)
+    """The largest images of the published networks, and wider ones; float16 gives what bfloat16 does."""
+    affine = {f"{name}_ptr": pointer(torch.float32) for name in ("factor", "shift")}
+
+    def spec(
+        case: str, images: Images, dtype: torch.dtype, inner: bool, up: bool, fir: bool, active: bool
+    ) -> AotSpec:
+        _, sizes, options = plan(images, inner, up, dtype.itemsize)
+        parts = ["up" if up else "down", *["plain"] * (not fir), *["activated"] * active, case]
+        layout = "channels_last" if inner else "contiguous"
+        return AotSpec(
+            f"{short_name(dtype)}, {layout}, {' '.join(filter(None, parts))}",
+            pixel_kernel if inner else plane_kernel,
+            {
+                "x_ptr": pointer(dtype),
+                **(affine if active else {}),
+                "y_ptr": pointer(dtype),
+                **dict.fromkeys(sizes, "i32"),
+                "scale": "fp32",
+            },
+            {
+                **({} if active else dict.fromkeys(affine)),
+                "UP": up,
+                "FIR": fir,
+                "ACTIVATED": active,
+                **options,
+            },
+        )
+
     for dtype in (torch.float32, torch.bfloat16):
-        for inner in (False, True):
-            for up in (True, False):
+        for up in (True, False):
+            for inner in (False, True):
                 for fir, active in ((True, False), (True, True), (False, False)):
-                    _, sizes, options = plan(images, inner, up, dtype.itemsize)
-                    affine = {f"{name}_ptr": pointer(torch.float32) for name in ("factor", "shift")}
-                    layout = "channels_last" if inner else "contiguous"
-                    parts = ["up" if up else "down", *["plain"] * (not fir), *["activated"] * active]
-                    yield AotSpec(
-                        f"{short_name(dtype)}, {layout}, {' '.join(parts)}",
-                        pixel_kernel if inner else plane_kernel,
-                        {
-                            "x_ptr": pointer(dtype),
-                            **(affine if active else {}),
-                            "y_ptr": pointer(dtype),
-                            **dict.fromkeys(sizes, "i32"),
-                            "scale": "fp32",
-                        },
-                        {
-                            **({} if active else dict.fromkeys(affine)),
-                            "UP": up,
-                            "FIR": fir,
-                            "ACTIVATED": active,
-                            **options,
-                        },
-                        # Four elements of the smaller image per thread.
-                        widest=128 if inner else 32 * dtype.itemsize,
-                    )
+                    yield spec("", (16, 256, 32, 32), dtype, inner, up, fir, active)
+            yield spec("wide", (1, 64, 256, 256), dtype, False, up, True, True)
 
 
 AOT = list(_specialisations())

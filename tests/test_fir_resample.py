@@ -256,6 +256,30 @@ def test_what_a_fused_kernel_refuses(target):
         call(given["x"].clone().requires_grad_(), given["factor"].contiguous(), given["shift"], True, True)
 
 
+def test_auto_takes_the_kernel_where_it_pays():
+    if not any(t.id == "cpu-cpu" and not t.marks for t in FUSED):
+        pytest.skip("no compiled library")
+    if any(t.id == "triton-cpu" for t in FUSED):
+        pytest.skip("Triton's interpreter takes what the CPU kernel leaves")
+    large = (2, 64, 16, 16)
+    for chosen, args in (
+        ("cpu", inputs()),
+        ("cpu", inputs(layout="channels_last")),
+        ("reference", inputs(fir=False)),
+        ("cpu", inputs(fir=False, shape=large)),
+        ("reference", inputs(fir=False, shape=large, layout="channels_last")),
+        ("reference", inputs(dtype=torch.float64)),
+    ):
+        assert lsgm_fast.explain(NAME, *args).chosen == chosen
+    assert (
+        lsgm_fast.explain(NAME, *inputs(direction="down", fir=False, shape=(1, 64, 16, 16))).chosen == "cpu"
+    )
+    assert (
+        lsgm_fast.explain(NAME, *inputs(direction="down", fir=False, shape=(1, 63, 16, 16))).chosen
+        == "reference"
+    )
+
+
 def test_factor_and_shift_are_a_pair_of_that_shape():
     x, factor = torch.zeros(2, 3, 4, 4), torch.ones(2, 3)
     for pair in ({"factor": factor}, {"shift": factor}):

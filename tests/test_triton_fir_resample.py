@@ -13,8 +13,8 @@ from lsgm_fast.testing.fir_resample import activated, build
 from lsgm_fast.testing.inputs import DENSE_LAYOUTS, Draw, Sample
 
 OP = "fir_resample"
-SMALL = 1500  # the interpreter is slow
-SHAPES = ((2, 3, 4, 8), (1, 5, 6, 22), (3, 19, 2, 4), (1, 1, 10, 2))
+SMALL = 700  # the interpreter is slow
+SHAPES = ((1, 3, 4, 22), (2, 11, 6, 2))
 
 
 def samples() -> list[Sample]:
@@ -23,7 +23,9 @@ def samples() -> list[Sample]:
 
 def assert_right(shape: tuple[int, ...], layout: str, direction: str, fir: bool = True) -> None:
     draw = Draw("cpu", 5, f"{shape} {layout} {direction}")
-    plain = Sample("plain", build(draw, shape, torch.float32, torch.float32, layout, direction, fir)[0], {}, (0,))
+    plain = Sample(
+        "plain", build(draw, shape, torch.float32, torch.float32, layout, direction, fir)[0], {}, (0,)
+    )
     with testing.poison_uninitialized():
         testing.check_forward(OP, "triton", plain)
         testing.check_backward(OP, "triton", plain)
@@ -122,7 +124,6 @@ def refuses_what_it_would_misread() -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     "64-bit indices": wide_index,
     "several tiles": forced(TILE=8, COLUMNS=4, PIXEL_TILE=8, CHANNELS=8),
-    "one tile": forced(),
     "longer runs": forced(RUN={True: 3, False: 3}),
     "plans": plans_cover_every_element,
     "empty": empty,

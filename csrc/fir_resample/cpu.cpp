@@ -1,13 +1,14 @@
 // CPU kernels of fir_resample, compiled once per instruction set (LSGM_ISA; see common/cpu.h). No torch.
 //
 // A step reads the lines that it needs where they lie, adds them up along the columns in registers, and then these sums
-// along the line. With factor and shift the lines are activated first, each once, into scratch memory of four lines.
-// Lines beside the image are read from zeros.
+// along the line. With factor and shift the lines are activated first, into scratch memory: all those of a unit
+// (planes), or each when it is needed, in place of one that is needed no longer (rows). Lines beside the image are read
+// from zeros.
 //   planes: registers hold neighbours of a line; the neighbour of each lane is shifted in from the register beside it,
 //           and the even and the odd columns of the larger image are interleaved or split in registers.
 //           Where lines are half a register of AVX-512 long, it holds two of them.
-//   rows:   registers hold channels of a pixel. What the next pixel needs of the sums of the last one is kept in scratch
-//           memory, so that every line is read once, from its beginning to its end.
+//   rows:   registers hold channels of a pixel. On the way down, what two columns give for the next result too is kept
+//           in scratch memory.
 #include <cmath>
 #include <cstring>
 
@@ -31,7 +32,9 @@ struct Layout {
 };
 
 // Lines that the steps of a band read.
-int64_t lines_of(const Problem& p, int64_t steps) { return smaller(p.height, (p.up ? 1 : 2) * steps + (p.fir ? 2 : 0)); }
+int64_t lines_of(const Problem& p, int64_t steps) {
+  return smaller(p.height, (p.up ? 1 : 2) * steps + (p.fir ? 2 : 0));
+}
 
 Layout layout_of(const Problem& p) {
   const bool planes = p.order == Order::planes;
@@ -209,8 +212,9 @@ inline void enlarge_line(const Lines<S>& x, int64_t width, float scale, T* upper
     for (int64_t j = 0; j < width; j += kLanes) {
       const Two after = sums_at(j + kLanes);
       const auto along = [&](Register left, Register middle, Register right, T* to) {
-        write(fma(three_of_sums, middle, from_left(left, middle)), fma(three_of_sums, middle, from_right(middle, right)),
-            to + 2 * j, 2 * (width - j));
+        const Register even = fma(three_of_sums, middle, from_left(left, middle));
+        const Register odd = fma(three_of_sums, middle, from_right(middle, right));
+        write(even, odd, to + 2 * j, 2 * (width - j));
       };
       along(before.first, here.first, after.first, upper);
       along(before.second, here.second, after.second, lower);

@@ -85,6 +85,29 @@ def _reasons(
     return why
 
 
+# Elements of the larger image from which the kernel pays on the CPU without the filter, in the contiguous format.
+_CPU_PLAIN_BREAK_EVEN = 16384
+
+
+def _slower(
+    x: torch.Tensor,
+    direction: str,
+    fir: bool = True,
+    factor: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+) -> list[str]:
+    if fir or factor is not None:
+        return []
+    if _prepare.dense_format(x) == torch.channels_last:
+        return ["without the filter, in channels_last: PyTorch's own is about as fast or faster"]
+    elements = x.numel() * (4 if direction == "up" else 1)
+    if elements < _CPU_PLAIN_BREAK_EVEN:
+        return [
+            f"without the filter it pays from {_CPU_PLAIN_BREAK_EVEN} elements of the larger image, here are {elements}"
+        ]
+    return []
+
+
 def _to_kernel(
     x: torch.Tensor,
     direction: str,
@@ -135,7 +158,8 @@ fused.register(
     fake=_fake,
     prepare=_to_kernel,
     reasons=_reasons,
-    priorities={"cpu": 30, "triton": 20},
+    priorities={"cpu": 30, "cuda": 30, "triton": 20},
+    auto_reasons={"cpu": _slower},
     # The transpose of one way is a multiple of the other, so backward only reads the gradient.
     backward=fused.Backward(
         schema="(Tensor grad, bool up, bool fir) -> Tensor",
