@@ -10,6 +10,7 @@ The published key names appear here and nowhere else.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -126,6 +127,19 @@ def save(model: LSGM, path: str | os.PathLike[str], dtype: torch.dtype | None = 
     metadata = {"format": FORMAT, "version": FORMAT_VERSION, "config": json.dumps(model.config.to_dict())}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def fingerprint(model: LSGM) -> str:
+    """sha256 over the weights (names, dtypes, shapes, values) and the configuration: alike where these are.
+
+    Whatever file the model came from: one that was converted and stores the same values has the same fingerprint.
+    """
+    config = None if model.config is None else model.config.to_dict()
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def convert(

@@ -51,25 +51,45 @@ def init(device: str | torch.device | None = None) -> torch.device:
         ValueError: some of the variables are set and others not, a number among them is none, or ``device`` is CUDA
             and there is none.
     """
+    place = find_place(device)
+    if place.processes is not None and not _initialised():
+        rank, size = place.processes.rank, place.processes.size
+        if place.device.type == "cuda" and place.own_device:
+            dist.init_process_group("nccl", rank=rank, world_size=size, device_id=place.device)
+        else:
+            dist.init_process_group("gloo", rank=rank, world_size=size)
+    return place.device
+
+
+class Place(NamedTuple):
+    """Where a process computes, whether no other one of this machine does so there, and which one it is, if of many."""
+
+    device: torch.device
+    own_device: bool
+    processes: env.Processes | None
+
+
+def find_place(device: str | torch.device | None = None) -> Place:
+    """The place of this process among those that ``torchrun`` started; joins no process group.
+
+    A CUDA device that is found becomes the current one of a process of many. Arguments and errors are those of
+    :func:`init`.
+    """
     kind = None if device is None else torch.device(device).type
     devices = torch.cuda.device_count()
     if kind == "cuda" and devices == 0:
         raise ValueError(f"device {str(device)!r} was asked for, but PyTorch sees no CUDA device: use 'cpu'")
     processes = env.torchrun()
     if processes is None:
-        return torch.device(device if device is not None else ("cuda" if devices else "cpu"))
+        alone = torch.device(device if device is not None else ("cuda" if devices else "cpu"))
+        return Place(alone, True, None)
     own_device = devices >= processes.local_size
     if kind is None:
         kind = "cuda" if devices and own_device else "cpu"
     chosen = torch.device(kind, processes.local_rank % devices) if kind == "cuda" else torch.device(kind)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if not _initialised():
-        if chosen.type == "cuda" and own_device:
-            dist.init_process_group("nccl", rank=processes.rank, world_size=processes.size, device_id=chosen)
-        else:
-            dist.init_process_group("gloo", rank=processes.rank, world_size=processes.size)
-    return chosen
+    return Place(chosen, own_device, processes)
 
 
 def shutdown() -> None:

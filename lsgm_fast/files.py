@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}(\.[^.]+)?")
 
 
 @contextmanager
@@ -38,3 +41,14 @@ def atomic_path(path: str | os.PathLike[str], *, make_folders: bool = False) -> 
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """What processes that were killed inside :func:`atomic_path` left in ``folder``, and what it would have become.
+
+    Yields:
+        (temporary file, its ``path``). Another process may be writing it at this moment.
+    """
+    for entry in sorted(Path(folder).iterdir()):
+        if match := _TEMPORARY.fullmatch(entry.name):
+            yield entry, entry.with_name(match[1] + (match[2] or ""))

@@ -153,6 +153,12 @@ def test_sample_passes_every_option_on(model, run):
     ]
 
 
+def test_number_has_a_short_name_and_an_alias(model, run):
+    for option in ("-n", "--num", "--number"):
+        assert run("sample", "demo", option, 3, "--device", "cpu").code == 0
+    assert [call["n"] for call in model.calls] == [3, 3, 3]
+
+
 def test_sample_leaves_unset_options_to_the_model(model, run):
     run("sample", "demo", "--device", "cpu")
     assert {k: v for k, v in model.calls[0].items() if v is None}.keys() == {
@@ -397,6 +403,9 @@ def test_a_real_model_rejects_names_with_suggestions(tiny_checkpoint, run, tmp_p
         (("sample", "demo", "--sed", "1"), "--sed"),
         (("sample", "demo", "--tol", "1e-3", "--evaluations", "9"), "not both"),
         (("sample", "demo", "--out", "x.jpg"), "x.jpg"),
+        (("sample", "demo", "--shards", "0"), "--shards"),
+        (("sample", "demo", "--shards", "5"), "give --out a folder, without a dot, got 'samples.png'"),
+        (("sample", "demo", "--shards", "5", "--out", "x", "--npz"), "leave --individual and --npz out"),
         (("demo", "--device", "cdua"), "did you mean 'cuda'"),
         (("demo", "--device", "meta"), "'meta' cannot be used"),
         (("convert", "a.pt", "b.bin"), ".safetensors"),

@@ -112,7 +112,18 @@ def test_everything_in_all_exists():
 
 
 @pytest.mark.parametrize(
-    "method", ["sample", "sample_latents", "decode", "encode", "nelbo", "save", "predict_noise", "drift"]
+    "method",
+    [
+        "sample",
+        "sample_iter",
+        "sample_latents",
+        "decode",
+        "encode",
+        "nelbo",
+        "save",
+        "predict_noise",
+        "drift",
+    ],
 )
 def test_methods_of_the_model_are_documented(method):
     assert inspect.getdoc(getattr(lsgm_fast.LSGM, method))
@@ -126,6 +137,7 @@ def test_methods_of_the_model_are_documented(method):
             "n seed solver tol evaluations ode_eps temperature vae_temperature bn batch_size noise lower_noise crop "
             "progress on_batch",
         ),
+        ("sample_iter", "total batch seed first solver tol evaluations bn noise lower_noise crop progress"),
         ("sample_latents", "n noise seed solver tol"),
         ("decode", "z lower_noise bn crop"),
         ("encode", "x noise"),

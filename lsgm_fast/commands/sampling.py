@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lsgm_fast import env
 from lsgm_fast.commands.common import Device, Json, Quiet, Seed, pick_device
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def sample(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A checkpoint (.pt or .safetensors), or `demo`.")
     ],
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="How many images.")] = 16,
+    number: Annotated[int, typer.Option("--number", "--num", "-n", min=1, help="How many images.")] = 16,
     out: Annotated[
         Path,
         typer.Option(
@@ -61,6 +62,14 @@ def sample(
         bool,
         typer.Option("--npz", help="Also write all images as one uint8 array (N, H, W, C), named arr_0."),
     ] = False,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images per file: write arrays of so many into the folder --out as they are drawn. Goes on "
+            "where a run was stopped; torchrun shares the work among processes.",
+        ),
+    ] = None,
     seed: Seed = 0,
     solver: Annotated[
         str,
@@ -112,12 +121,17 @@ def sample(
     `--npz` adds `grid.npz`. `--out folder` puts everything into the folder.
     Ctrl-C saves the batches that are finished.
 
+    `--shards 1000 --out folder` is for many images: `folder/shard-00000.npz`, ..., each an array of 1,000, and
+    never more than one of them in memory. Start it again to go on after a kill or Ctrl-C (`docs/sampling.md`).
+
     Examples:
 
     - `lsgm-fast sample demo -n 100 --out digits.png`
     - `lsgm-fast sample checkpoint.pt -n 16 --seed 3 --device cuda`
     - `lsgm-fast sample model.safetensors -n 50000 --batch-size 100 --out images.npz`
     - `lsgm-fast sample checkpoint.pt --solver ancestral --evaluations 200 --out run1 --individual`
+    - `lsgm-fast sample model.safetensors -n 50000 --shards 1000 --out images`
+    - `torchrun --nproc-per-node 8 -m lsgm_fast sample model.safetensors -n 50000 --shards 1000 --out images`
     """
     if tol is not None and evaluations is not None:
         raise ValueError("give --tol or --evaluations, not both: one sets the error, the other the cost")
@@ -132,6 +146,18 @@ def sample(
         "bn": bn,
         "batch_size": batch_size,
     }
+    if shards is not None:
+        if individual or npz:
+            raise ValueError("--shards writes arrays, and those alone: leave --individual and --npz out")
+        from lsgm_fast.commands.shards import sample_shards
+
+        sample_shards(model, number, out, shards, seed, device, options, as_json=as_json, quiet=quiet)
+        return
+    processes = env.torchrun()
+    if processes is not None and processes.size > 1:
+        raise ValueError(
+            f"{processes.size} processes would each draw the same images: add --shards, which shares them"
+        )
     outputs = _Outputs.plan(out, individual=individual, npz=npz)
     _sample(_Request(model, number, outputs, seed, device, options), as_json=as_json, quiet=quiet)
 

@@ -29,7 +29,12 @@ def read_npz(path: Path) -> tuple[UInt8Array, Labels | None]:
                 raise ValueError(f"it holds {sorted(file)}, expected an array 'images' or 'arr_0'")
             images = _images(file[name], name)
             labels = _labels(file["labels"], len(images)) if "labels" in file else None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except OSError as error:
+        if error.filename is not None:  # it cannot be opened; without a name, an offset in it is impossible
+            raise
+        raise ValueError(f"cannot use {path}: {error}") from error
+    # RuntimeError: a damaged header asks for a password, or for a compression that does not exist.
+    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot use {path}: {error}") from error
     return images, labels
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +22,7 @@ from lsgm_fast.distributions import normal_cross_entropy
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import BN_STATISTICS, NVAE, LatentGroup
+from lsgm_fast.models.overlap import SecondStream, Started, begun_ahead
 from lsgm_fast.sampling import Progress, Request, ScoreTerm, TunedGrid, choose, integrate, optimise_grid
 from lsgm_fast.sde import SDE, build_sde
 from lsgm_fast.weighting import LIKELIHOOD_MODES, iw_quantities
@@ -238,16 +241,7 @@ class LSGM(nn.Module):
             ValueError: unknown solver, wrong shapes, a device without float64, evaluations for an adaptive solver.
             NonFiniteError: the network produced NaN or infinity (step and t are named).
         """
-        self._network()
-        reason = ""
-        if solver == "auto":
-            chosen = choose(tol, evaluations, self.sampling.tol)
-            solver, tol, evaluations, reason = chosen.solver, chosen.tol, chosen.evaluations, chosen.reason
-        recipe_end = ode_eps is None or ode_eps == self.sampling.ode_eps
-        if grid is None and solver == "exponential" and evaluations is not None and recipe_end:
-            grid = self.sampling.grid_of(evaluations)
-        request = Request(solver, tol, evaluations, ode_eps, grid, control, extrapolate)
-        request.check()
+        request, reason = self._request(solver, tol, evaluations, ode_eps, grid, control, extrapolate)
         if n < 0:
             raise ValueError(f"the number of latents must not be negative, got {n}")
         _check_temperature("temperature", temperature)
@@ -267,7 +261,7 @@ class LSGM(nn.Module):
 
         with _ProgressBar(progress) as bar, dispatch.record() as log, torch.no_grad():
             start = time.perf_counter()
-            sde = self.sde.with_parity("published") if solver == "scipy" else self.sde
+            sde = self.sde.with_parity("published") if request.solver == "scipy" else self.sde
             solution = integrate(
                 self._term(sde),
                 z1,
@@ -280,18 +274,42 @@ class LSGM(nn.Module):
                 callback=bar,
             )
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
+                # Of this stream alone: on another one, the batch before may be decoding.
+                torch.cuda.current_stream(device).synchronize()
             seconds = time.perf_counter() - start
         info = SamplingInfo(
             nfe=solution.nfe,
             seconds=seconds,
             steps=solution.accepted,
             rejected=solution.rejected,
-            solver=solver,
+            solver=request.solver,
             backends=log.backends(),
             reason=reason,
         )
         return solution.z, info
+
+    def _request(
+        self,
+        solver: str,
+        tol: float | None,
+        evaluations: int | None,
+        ode_eps: float | None,
+        grid: str | Sequence[float] | None,
+        control: str,
+        extrapolate: bool,
+    ) -> tuple[Request, str]:
+        """What is asked of the solver, checked, and why ``"auto"`` chose it."""
+        self._network()
+        reason = ""
+        if solver == "auto":
+            chosen = choose(tol, evaluations, self.sampling.tol)
+            solver, tol, evaluations, reason = chosen.solver, chosen.tol, chosen.evaluations, chosen.reason
+        recipe_end = ode_eps is None or ode_eps == self.sampling.ode_eps
+        if grid is None and solver == "exponential" and evaluations is not None and recipe_end:
+            grid = self.sampling.grid_of(evaluations)
+        request = Request(solver, tol, evaluations, ode_eps, grid, control, extrapolate)
+        request.check()
+        return request, reason
 
     def optimise_grid(
         self, evaluations: int, *, n: int = 16, seed: int = 0, trials: int = 200, progress: bool = False
@@ -372,29 +390,114 @@ class LSGM(nn.Module):
         Raises:
             ValueError, NonFiniteError: as :meth:`sample_latents` and :meth:`decode`.
         """
-        if n < 1:
-            raise ValueError(f"the number of images must be at least 1, got {n}")
         if batch_size is None:
             batch_size = DEFAULT_BATCH_SIZE
         elif batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        # Everything the decoder will need is checked before the long part starts.
+        stream = self.sample_iter(
+            n,
+            batch_size,
+            seed=seed,
+            solver=solver,
+            tol=tol,
+            evaluations=evaluations,
+            ode_eps=ode_eps,
+            grid=grid,
+            control=control,
+            extrapolate=extrapolate,
+            temperature=temperature,
+            vae_temperature=vae_temperature,
+            bn=bn,
+            noise=noise,
+            lower_noise=lower_noise,
+            crop=crop,
+            state_dtype=state_dtype,
+            progress=progress,
+        )
+        batches = []
+        with closing(stream):
+            for images, info in stream:
+                if on_batch is not None:
+                    on_batch(images, info)
+                batches.append(images)
+        return torch.cat(batches)
+
+    def sample_iter(
+        self,
+        total: int,
+        batch: int = DEFAULT_BATCH_SIZE,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        solver: str = "auto",
+        tol: float | None = None,
+        evaluations: int | None = None,
+        ode_eps: float | None = None,
+        grid: str | Sequence[float] | None = None,
+        control: str = "joint",
+        extrapolate: bool = False,
+        temperature: float = 1.0,
+        vae_temperature: float = 1.0,
+        bn: str | None = None,
+        noise: torch.Tensor | None = None,
+        lower_noise: Sequence[torch.Tensor] | None = None,
+        crop: bool = True,
+        state_dtype: torch.dtype = torch.float64,
+        progress: bool = False,
+    ) -> Generator[tuple[torch.Tensor, SamplingInfo], None, None]:
+        """Draw any number of images a batch at a time: an iterator over ``(images, info)``, as :meth:`sample` draws.
+
+        Memory is that of one batch on the CPU and of two on CUDA, whatever ``total`` is: nothing of a batch is kept
+        once the next one is asked for. On CUDA a batch is decoded on a second stream while the next one is solved
+        (whose ``info.seconds`` then holds some of that); on other devices, one after the other.
+
+        The arguments are checked by the call; batches are computed as they are asked for, with the weights, backends
+        and autocast of that moment. Do not change the weights before the iterator is through: on CUDA the next batch
+        has begun already. ``close()`` waits for what is running and drops it, and so does Python where a loop is left
+        early and nothing else holds the iterator; ``contextlib.closing`` does it at a fixed place. Where a batch
+        fails, those before it come first, then the error.
+
+        Args:
+            total: number of images. batch: images at a time, the last batch may be smaller.
+            seed, first: the images are those of index ``first`` to ``first + total - 1`` of the seed, up to
+                2^32 - 1. Draws depend on seed and index alone, so with a fixed budget, and with
+                ``control="per_sample"``, an image is that of any other split, up to the rounding of the networks;
+                for the same bits, use the same batches. One step size for a batch (adaptive solvers with
+                ``control="joint"``) makes an image depend on its batch, within the solver's tolerance,
+                ``bn="batch"`` without a bound.
+            noise, lower_noise: for all images at once: (total, ...).
+            solver, tol, evaluations, ode_eps, grid, control, extrapolate, temperature, vae_temperature, bn, crop,
+                state_dtype, progress: as in :meth:`sample`.
+
+        Yields:
+            ``(images (n, C, H, W) float32 in [0, 1], info)`` of one batch after the other.
+
+        Raises:
+            ValueError: as :meth:`sample`, or an index out of range. NonFiniteError: in the batch that it happens in.
+        """
+        if total < 1:
+            raise ValueError(f"the number of images must be at least 1, got {total}")
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        # Everything that solver and decoder will need is checked before the long part starts.
+        _check_temperature("temperature", temperature)
         _check_temperature("vae_temperature", vae_temperature)
         bn = self._statistics(bn)
-        expected = [(n, *s) for s in self.lower_shapes]
+        expected = [(total, *s) for s in self.lower_shapes]
         if lower_noise is not None and [tuple(e.shape) for e in lower_noise] != expected:
             raise ValueError(f"expected lower_noise {expected}, got {[tuple(e.shape) for e in lower_noise]}")
-        if noise is not None and tuple(noise.shape) != (n, *self.latent_shape):
-            raise ValueError(f"expected noise {(n, *self.latent_shape)}, got {tuple(noise.shape)}")
-        batches = []
-        for first in range(0, n, batch_size):
-            part = slice(first, min(first + batch_size, n))
-            size = part.stop - part.start
-            z, info = self.sample_latents(
-                size,
+        if noise is not None and tuple(noise.shape) != (total, *self.latent_shape):
+            raise ValueError(f"expected noise {(total, *self.latent_shape)}, got {tuple(noise.shape)}")
+        self._request(solver, tol, evaluations, ode_eps, grid, control, extrapolate)
+        # No number is drawn: this checks the seed and the first and last index.
+        random.normal(seed, [first, first + total - 1], "prior", (0,))
+
+        def latents(part: slice) -> tuple[torch.Tensor, SamplingInfo]:
+            return self.sample_latents(
+                part.stop - part.start,
                 noise=None if noise is None else noise[part],
                 seed=seed,
-                first_index=first,
+                first_index=first + part.start,
                 solver=solver,
                 tol=tol,
                 evaluations=evaluations,
@@ -406,16 +509,44 @@ class LSGM(nn.Module):
                 state_dtype=state_dtype,
                 progress=progress,
             )
+
+        def decode(part: slice, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if lower_noise is None:
-                lower = self._draw_lower(size, seed, first)
+                lower = self._draw_lower(z.shape[0], seed, first + part.start)
             else:
                 lower = [e[part].to(z.device) for e in lower_noise]
-            lower = [e * vae_temperature for e in lower]
-            images = self.decode(z, lower_noise=lower, bn=bn, crop=crop).float()
-            if on_batch is not None:
-                on_batch(images, info)
-            batches.append(images)
-        return torch.cat(batches)
+            images, finite = self._decode(z, [e * vae_temperature for e in lower], bn, crop)
+            return images.float(), finite
+
+        parts = (slice(start, min(start + batch, total)) for start in range(0, total, batch))
+        return self._stream(parts, latents, decode)
+
+    def _stream(
+        self,
+        parts: Iterable[slice],
+        latents: Callable[[slice], tuple[torch.Tensor, SamplingInfo]],
+        decode: Callable[[slice, torch.Tensor], tuple[torch.Tensor, ...]],
+    ) -> Generator[tuple[torch.Tensor, SamplingInfo], None, None]:
+        """Solve and decode one part after the other, each decoded while the next is solved where the device can."""
+        second = SecondStream(self.device)
+
+        def begin() -> Iterator[tuple[Started, SamplingInfo]]:
+            for part in parts:
+                z, info = latents(part)
+                started = second.start(functools.partial(decode, part), z)
+                del z
+                yield started, info
+
+        def finish(started: Started) -> torch.Tensor:
+            images, finite = started.take()
+            _require_finite(finite)
+            return images
+
+        try:
+            for started, info in begun_ahead(begin(), second.ahead):
+                yield finish(started), info
+        finally:
+            second.close()
 
     def _draw_lower(self, n: int, seed: int, first_index: int) -> list[torch.Tensor]:
         indices = range(first_index, first_index + n)
@@ -456,11 +587,18 @@ class LSGM(nn.Module):
                 f"expected latents (N, {', '.join(map(str, self.latent_shape))}), got {tuple(z.shape)}"
             )
         lower = list(lower_noise) if lower_noise is not None else self._draw_lower(z.shape[0], seed, 0)
-        images = self._decode_splitting(z.to(self.dtype), [e.to(self.dtype) for e in lower], bn, crop)
-        if not bool(torch.isfinite(images).all()):
-            source = "its input" if not bool(torch.isfinite(z).all()) else "its own activations"
-            raise NonFiniteError(f"the decoder produced NaN or infinity (from {source})")
+        images, finite = self._decode(z, lower, bn, crop)
+        _require_finite(finite)
         return images
+
+    @torch.no_grad()
+    def _decode(
+        self, z: torch.Tensor, lower: list[torch.Tensor], bn: str, crop: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images, and what :func:`_require_finite` looks at: reading it here would wait for the device."""
+        images = self._decode_splitting(z.to(self.dtype), [e.to(self.dtype) for e in lower], bn, crop)
+        finite_input = torch.isfinite(z).all().to(images.device)
+        return images, torch.stack((torch.isfinite(images).all(), finite_input))
 
     def _statistics(self, bn: str | None) -> str:
         bn = self.sampling.bn if bn is None else bn
@@ -662,6 +800,14 @@ class LSGM(nn.Module):
         from lsgm_fast import checkpoints
 
         checkpoints.save(self, path)
+
+
+def _require_finite(finite: torch.Tensor) -> None:
+    """Raise unless the images are finite; ``finite`` (2,): whether the images are, and the latents they are of."""
+    images, latents = finite.tolist()
+    if not images:
+        source = "its own activations" if latents else "its input"
+        raise NonFiniteError(f"the decoder produced NaN or infinity (from {source})")
 
 
 def _check_temperature(name: str, value: float) -> None:
