@@ -33,6 +33,8 @@ _EXPORTS = {
     "SamplingConfig": "lsgm_fast.config",
     "ScoreConfig": "lsgm_fast.config",
     "VAEConfig": "lsgm_fast.config",
+    "accelerate": "lsgm_fast.engine.accelerate",
+    "accelerate_diffusion": "lsgm_fast.engine.diffusion",
     "build": "lsgm_fast.checkpoints",
     "build_sde": "lsgm_fast.sde",
     "convert": "lsgm_fast.checkpoints",
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
     from lsgm_fast.checkpoints import build, convert, load
     from lsgm_fast.config import LSGMConfig, SamplingConfig, ScoreConfig, SDEConfig, VAEConfig
     from lsgm_fast.dispatch import explain, record, set_backend, use_backend
+    from lsgm_fast.engine.accelerate import accelerate
+    from lsgm_fast.engine.diffusion import accelerate_diffusion
     from lsgm_fast.errors import BackendUnsupported, CheckpointError, NonFiniteError
     from lsgm_fast.models import LSGM, NVAE, NCSNpp
     from lsgm_fast.sde import build_sde

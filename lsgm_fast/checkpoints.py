@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -270,40 +271,57 @@ def _empty_model(config: LSGMConfig, origin: str) -> LSGM:
 
 def _fill(model: LSGM, state: Mapping[str, torch.Tensor], origin: str) -> None:
     """Assign ``state`` to a model made by :func:`_empty_model`, checking every key, shape and kind of number."""
-    expected = model.state_dict()
-    for key in expected.keys() & state.keys():
-        value = state[key]
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{origin}: {key} is a {type(value).__name__}, not a tensor")
-        if value.is_floating_point() != expected[key].is_floating_point() or value.is_complex():
-            raise CheckpointError(f"{origin}: {key} has dtype {value.dtype} instead of {expected[key].dtype}")
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    wrong = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
-    if missing or unexpected or wrong:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} tensors are missing ({_some(missing)})")
-        if unexpected:
-            parts.append(f"{len(unexpected)} are unknown ({_some(unexpected)})")
-        if wrong:
-            shapes = ", ".join(
-                f"{k}: {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"
-                for k in sorted(wrong)[:3]
-            )
-            parts.append(f"{len(wrong)} have another shape ({shapes})")
-        raise CheckpointError(f"{origin} does not match its own configuration: " + "; ".join(parts))
+    mismatch = _mismatch(model.state_dict(), state)
+    if mismatch:
+        raise CheckpointError(f"{origin} does not match its own configuration: {mismatch}")
     converted = {
         key: value.to(torch.float32) if value.is_floating_point() else value for key, value in state.items()
     }
     model.load_state_dict(converted, assign=True)
-    for module in model.modules():
-        # Buffers that no file holds are derived from the configuration; on the meta device they have no values.
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                setattr(module, name, module.derived_buffer(name))  # type: ignore[operator]
+    _derive_buffers(model)
     # assign=True keeps what was loaded, so what was frozen (the Fourier frequencies) must stay so.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.endswith("time_embedding.frequencies"))
+
+
+def _mismatch(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> str:
+    """What is wrong with ``state`` for a model that has the tensors ``expected``; empty if nothing is."""
+    parts = []
+    for key in sorted(expected.keys() & state.keys()):
+        value = state[key]
+        if not isinstance(value, torch.Tensor):
+            return f"{key} is a {type(value).__name__}, not a tensor"
+        if value.is_floating_point() != expected[key].is_floating_point() or value.is_complex():
+            return f"{key} has dtype {value.dtype} instead of {expected[key].dtype}"
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    wrong = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing ({_some(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} are unknown ({_some(unexpected)})")
+    if wrong:
+        shapes = ", ".join(
+            f"{k}: {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}" for k in sorted(wrong)[:3]
+        )
+        parts.append(f"{len(wrong)} have another shape ({shapes})")
+    return "; ".join(parts)
+
+
+def _derive_buffers(model: nn.Module) -> None:
+    """Give the buffers that no file holds their values: on the meta device they have none."""
+    for module, name in derived_buffers(model):
+        if getattr(module, name).is_meta:
+            setattr(module, name, module.derived_buffer(name))  # type: ignore[operator]
+
+
+def derived_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """(module, name) of every buffer that follows from the configuration and is not saved."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    ]
 
 
 def _some(keys: Iterable[str]) -> str:
@@ -435,6 +453,29 @@ def _config_from_published(
     args: Mapping[str, Any], vae: Mapping[str, torch.Tensor], score: Mapping[str, torch.Tensor] | None
 ) -> LSGMConfig:
     """The configuration, from the weights where they tell it and from the options elsewhere."""
+    vae_config = _vae_config(args, vae)
+    if score is None:
+        return LSGMConfig(vae_config, None)
+    score_config = _score_config(args, score, vae_config.latent_shape[1])
+    sde_config = SDEConfig(
+        name=args["sde_type"],
+        beta_start=args.get("beta_start", 0.1),
+        beta_end=args.get("beta_end", 20.0),
+        sigma2_0=args.get("sigma2_0", 0.0),
+        sigma2_min=args.get("sigma2_min", 1e-4),
+        sigma2_max=args.get("sigma2_max", 0.99),
+        time_eps=args.get("time_eps", 0.01),
+        parity=args.get("sde_parity", "exact"),
+    )
+    sampling = SamplingConfig(
+        ode_eps=args.get("eval_ode_eps", 1e-5),
+        tol=args.get("eval_ode_solver_tol", 1e-5),
+        bn="batch" if args.get("vae_train_mode", False) else "running",
+    )
+    return LSGMConfig(vae_config, score_config, sde_config, sampling)
+
+
+def _vae_config(args: Mapping[str, Any], vae: Mapping[str, torch.Tensor]) -> VAEConfig:
     channel_mult = tuple(args.get("channel_mult") or (1, 2))
     pre_blocks = args["num_preprocess_blocks"]
     scales = args["num_latent_scales"]
@@ -446,7 +487,7 @@ def _config_from_published(
         raise ValueError(f"unknown decoder_dist {decoder!r}: expected one of {', '.join(_DECODERS)}")
     groups = args["num_groups_per_scale"]
     flow_pairs = len({k.split(".")[1] for k in vae if k.startswith("nf_cells.")})
-    vae_config = VAEConfig(
+    return VAEConfig(
         image_channels=vae["stem.weight"].shape[1],
         image_size=size,
         crop=2 if args.get("dataset") in _CROPPED_DATASETS else 0,
@@ -470,17 +511,20 @@ def _config_from_published(
         num_bits=args.get("num_x_bits", 8),
         log_sigma_scale=args.get("log_sig_q_scale", 5.0),
     )
-    if score is None:
-        return LSGMConfig(vae_config, None)
+
+
+def _score_config(
+    args: Mapping[str, Any], score: Mapping[str, torch.Tensor], latent_size: int
+) -> ScoreConfig:
     if any(args.get(option, "none") != "none" for option in ("progressive", "progressive_input")):
         raise ValueError("progressive score networks (--progressive, --progressive_input) are not supported")
     levels, blocks = args["num_scales_dae"], args["num_cell_per_scale_dae"]
     channels = score["all_modules.2.weight"].shape[0]
     fourier = "temb_fun.w" in score
     mult, attention = _score_levels(score, levels, blocks)
-    score_config = ScoreConfig(
+    return ScoreConfig(
         latent_channels=score["all_modules.2.weight"].shape[1],
-        latent_size=vae_config.latent_shape[1],
+        latent_size=latent_size,
         channels=channels,
         channel_mult=tuple(m // channels for m in mult),
         blocks_per_level=blocks,
@@ -493,22 +537,6 @@ def _config_from_published(
         mixed_prediction="mixing_logit" in score and bool(args.get("mixed_prediction", True)),
         mixing_logit_init=float(args.get("mixing_logit_init", -3.0)),
     )
-    sde_config = SDEConfig(
-        name=args["sde_type"],
-        beta_start=args.get("beta_start", 0.1),
-        beta_end=args.get("beta_end", 20.0),
-        sigma2_0=args.get("sigma2_0", 0.0),
-        sigma2_min=args.get("sigma2_min", 1e-4),
-        sigma2_max=args.get("sigma2_max", 0.99),
-        time_eps=args.get("time_eps", 0.01),
-        parity=args.get("sde_parity", "exact"),
-    )
-    sampling = SamplingConfig(
-        ode_eps=args.get("eval_ode_eps", 1e-5),
-        tol=args.get("eval_ode_solver_tol", 1e-5),
-        bn="batch" if args.get("vae_train_mode", False) else "running",
-    )
-    return LSGMConfig(vae_config, score_config, sde_config, sampling)
 
 
 def _score_levels(
@@ -527,6 +555,139 @@ def _score_levels(
             attention.append(level)
         index += level < levels - 1
     return widths, tuple(attention)
+
+
+def vae_structure(vae: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The options of a VAE's architecture, read off the keys and shapes of its published state dict.
+
+    What is left for others to say: ``dataset``, ``decoder_dist``, ``num_x_bits`` and ``log_sig_q_scale``.
+
+    Raises:
+        KeyError, ValueError: these are not the tensors of a published VAE.
+    """
+    towers = {name: _tower(vae, name) for name in ("pre_process", "enc_tower", "dec_tower", "post_process")}
+    down = {
+        name: [i for i, keys in cells.items() if "skip.conv_1.weight" in keys]
+        for name, cells in towers.items()
+    }
+    up = {name: [i for i, keys in cells.items() if "skip.1.weight" in keys] for name, cells in towers.items()}
+    combiners = {
+        name: sum("conv.weight" in keys for keys in cells.values()) for name, cells in towers.items()
+    }
+
+    scales = len(down["enc_tower"]) + 1
+    groups = len({key.split(".")[1] for key in vae if key.startswith("enc_sampler.")})
+    encoder = [vae["stem.weight"].shape[0]]
+    for name in ("pre_process", "enc_tower"):
+        for i in down[name]:
+            encoder.append(sum(vae[f"{name}.{i}.skip.conv_{j}.weight"].shape[0] for j in (1, 2, 3, 4)))
+    decoder = [vae["prior_ftr0"].shape[0]]
+    for name in ("dec_tower", "post_process"):
+        decoder += [vae[f"{name}.{i}.skip.1.weight"].shape[0] for i in up[name]]
+    decoder.reverse()
+    # Only products of channels and multipliers show in the weights, and only they matter.
+    channels = math.gcd(*encoder)
+    mult = [width // channels for width in encoder]
+    if len(decoder) != len(encoder) or [decoder[0] * m for m in mult] != [mult[0] * w for w in decoder]:
+        raise ValueError(f"encoder and decoder have widths {encoder} and {decoder} from the image on")
+
+    inside = {key.split(".", 2)[2] for key in vae if key.startswith("dec_tower.")}
+    if any(re.match(r"_ops\.0\.conv\.\d+\.", key) for key in inside):
+        architecture = "res_mbconv"
+    else:
+        architecture = "res_bnswish" if any(key.startswith("_ops.1.") for key in inside) else "res_bnswish2"
+    return {
+        "num_channels_enc": channels,
+        "num_channels_dec": _quotient(decoder[0], mult[0], "channels of the decoder"),
+        "channel_mult": mult,
+        "num_preprocess_blocks": len(down["pre_process"]),
+        "num_preprocess_cells": _quotient(
+            len(towers["pre_process"]), len(down["pre_process"]), "preprocessing cells"
+        ),
+        "num_postprocess_blocks": len(up["post_process"]),
+        "num_postprocess_cells": _quotient(
+            len(towers["post_process"]), len(up["post_process"]), "postprocessing cells"
+        ),
+        "num_cell_per_cond_enc": _quotient(
+            len(towers["enc_tower"]) - len(down["enc_tower"]) - combiners["enc_tower"],
+            groups,
+            "encoder cells",
+        ),
+        "num_cell_per_cond_dec": _quotient(
+            len(towers["dec_tower"]) - len(up["dec_tower"]) - combiners["dec_tower"], groups, "decoder cells"
+        ),
+        "num_latent_scales": scales,
+        "num_groups_per_scale": _quotient(groups, scales, "latent groups"),
+        "arch_instance": architecture,
+    }
+
+
+def score_structure(score: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The options of a score network's architecture, read off its published state dict.
+
+    What is left for others to say: ``fir``, ``embedding_scale`` and ``dropout``.
+
+    Raises:
+        KeyError, ValueError: these are not the tensors of a published score network.
+    """
+    blocks = sum(key.endswith(".Conv_0.weight") for key in score)
+    # A residual block projects its input if it changes the width, or, at the same width, the resolution.
+    shortcuts = [value.shape for key, value in score.items() if key.endswith(".Conv_2.weight")]
+    levels = sum(shape[0] == shape[1] for shape in shortcuts) // 2 + 1
+    # With b per level: b on the way down, b + 1 on the way up, levels - 1 that resample each way, and 2 in the middle.
+    per_level = _quotient(blocks, levels, "residual blocks")
+    return {
+        "num_scales_dae": levels,
+        "num_cell_per_scale_dae": _quotient(per_level - 3, 2, "residual blocks of a level"),
+    }
+
+
+def _tower(state: Mapping[str, torch.Tensor], name: str) -> dict[int, set[str]]:
+    """Number of each cell of a tower -> the keys in it."""
+    cells: dict[int, set[str]] = {}
+    for key in state:
+        if key.startswith(f"{name}."):
+            _, index, rest = key.split(".", 2)
+            cells.setdefault(int(index), set()).add(rest)
+    return dict(sorted(cells.items()))
+
+
+def _quotient(total: int, parts: int, what: str) -> int:
+    if parts <= 0 or total <= 0 or total % parts:
+        raise ValueError(f"{total} {what} cannot be shared out evenly among {parts}")
+    return total // parts
+
+
+def network_of(
+    state: Mapping[str, torch.Tensor], options: Mapping[str, Any], latent_size: int | None = None
+) -> tuple[NVAE | NCSNpp, dict[str, tuple[str, bool]]]:
+    """A network without values for a published state dict, and where its tensors are.
+
+    Args:
+        state: of a VAE, or of a score network if ``latent_size`` (height of its input) is given.
+        options: published options; what the weights tell (:func:`vae_structure`, :func:`score_structure`) wins.
+
+    Returns:
+        ``(network, names)``: parameters on the meta device, to be assigned; our key -> (published key, whether the
+        published tensor is transposed).
+
+    Raises:
+        KeyError, ValueError: the tensors are not those of a published network, or the options are not valid.
+    """
+    with torch.device("meta"):
+        network: NVAE | NCSNpp
+        if latent_size is None:
+            network = NVAE(_vae_config({**options, **vae_structure(state)}, state))
+        else:
+            network = NCSNpp(_score_config({**options, **score_structure(state)}, state, latent_size))
+    _derive_buffers(network)
+    names = _names(network, state)
+    ours = network.state_dict()
+    expected = {theirs: ours[key].t() if turned else ours[key] for key, (theirs, turned) in names.items()}
+    mismatch = _mismatch(expected, {k: v for k, v in state.items() if not k.endswith(".weight_normalized")})
+    if mismatch:
+        raise ValueError(f"its tensors do not fit the structure that they show: {mismatch}")
+    return network, names
 
 
 def _published_dataset(config: LSGMConfig) -> str:

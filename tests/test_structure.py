@@ -84,6 +84,8 @@ PUBLIC = [
     "SamplingConfig",
     "ScoreConfig",
     "VAEConfig",
+    "accelerate",
+    "accelerate_diffusion",
     "build",
     "build_sde",
     "convert",
