@@ -22,7 +22,18 @@ from lsgm_fast.weighting import iw_quantities
 
 STEPS = 200
 BATCH = 8
-OPERATIONS = ("diffuse", "mixed_score", "score_matching_loss")
+OPERATIONS = (
+    "diffuse",
+    "fir_resample",
+    "group_norm_resample",
+    "group_norm_swish",
+    "group_norm_swish_residual",
+    "mixed_score",
+    "mixture_logistic_log_prob",
+    "residual_add",
+    "score_matching_loss",
+    "weight_norm",
+)
 # Those of the NVAE's cells. "auto" would leave the first to the reference at a tiny model's sizes.
 CELL_OPERATIONS = ("bn_swish", "se_residual", "depthwise_bn_swish")
 # Of two reference runs: one unit in the last place of every input pixel moves the NELBO by at most 2.9e-7, the KL by
