@@ -365,6 +365,35 @@ def test_every_published_vae_trains_and_decodes_on_the_kernels(name):
         assert float((got - want).norm() / (want - want.mean()).norm()) < 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_score_network_trains_on_the_kernels(name, memory_format):
+    """In full size, against plain PyTorch: its output in training and evaluation, and every gradient."""
+    config = PRESETS[name].score.replace(dropout=0.0)
+    torch.manual_seed(0)
+    network = randomize(NCSNpp(config)).to(memory_format=memory_format)
+    batch = 1 if config.latent_size >= 32 else 2
+    z = torch.randn(batch, config.latent_channels, config.latent_size, config.latent_size)
+    t = torch.rand(batch)
+    found = []
+    for backend in ("reference", "auto"):
+        network.zero_grad()
+        with use_backend(backend), record() as log:
+            trained = network.train()(z, t)
+            (trained * torch.linspace(-1.0, 1.0, trained.numel()).view_as(trained)).sum().backward()
+            with torch.no_grad():
+                evaluated = network.eval()(z, t)
+        gradients = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        found.append((trained.detach(), gradients, evaluated))
+    kernels = {"group_norm_swish", "group_norm_swish_residual"}
+    if len(config.channel_mult) > 1:
+        kernels.add("group_norm_resample")
+    assert kernels <= {op for op, ran in log.backends().items() if "cpu" in ran}
+    for got, want in zip(*reversed(found), strict=True):
+        assert float((got - want).norm() / (want - want.mean()).norm()) < 1e-4
+
+
 @pytest.mark.parametrize(
     "changes",
     [
