@@ -56,6 +56,28 @@ def test_batches_are_those_of_sample(model, ahead, options):
     assert torch.equal(torch.cat(seen), whole)
 
 
+def test_weights_are_normalised_once(model):
+    """However many batches there are, and again where they change in between; nothing of it stays in the model."""
+    with record() as log:
+        parts = [part for part, _ in model.sample_iter(5, 2, **EXACT)]
+    assert sum(count for (op, _), count in log.counts.items() if op == "weight_norm") == 1
+    convs = model.vae.weight_norm_convs
+    assert all(conv.prepared_weight is None for conv in convs)
+    changed = convs[-1]
+    before = changed.log_weight_norm.detach().clone()
+    try:
+        stream = model.sample_iter(5, 2, **EXACT)
+        assert torch.equal(next(stream)[0], parts[0])
+        assert all(conv.prepared_weight is None for conv in convs)
+        with torch.no_grad():
+            changed.log_weight_norm += 1.0
+        assert not torch.allclose(next(stream)[0], parts[1])
+        stream.close()
+    finally:
+        with torch.no_grad():
+            changed.log_weight_norm.copy_(before)
+
+
 @pytest.mark.parametrize(
     "options", [EXACT, {"control": "per_sample", "tol": 1e-2}, {"solver": "ancestral", "evaluations": 3}]
 )

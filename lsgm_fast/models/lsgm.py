@@ -23,6 +23,7 @@ from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import BN_STATISTICS, NVAE, LatentGroup
 from lsgm_fast.models.overlap import SecondStream, Started, begun_ahead
+from lsgm_fast.nn.layers import KeptWeights
 from lsgm_fast.sampling import Progress, Request, ScoreTerm, TunedGrid, choose, integrate, optimise_grid
 from lsgm_fast.sde import SDE, build_sde
 from lsgm_fast.weighting import LIKELIHOOD_MODES, iw_quantities
@@ -510,12 +511,16 @@ class LSGM(nn.Module):
                 progress=progress,
             )
 
+        # A VAE of the user's own need not have any.
+        weights = KeptWeights(getattr(self.vae, "decoder_convs", ()))
+
         def decode(part: slice, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if lower_noise is None:
                 lower = self._draw_lower(z.shape[0], seed, first + part.start)
             else:
                 lower = [e[part].to(z.device) for e in lower_noise]
-            images, finite = self._decode(z, [e * vae_temperature for e in lower], bn, crop)
+            with weights.applied():
+                images, finite = self._decode(z, [e * vae_temperature for e in lower], bn, crop)
             return images.float(), finite
 
         parts = (slice(start, min(start + batch, total)) for start in range(0, total, batch))

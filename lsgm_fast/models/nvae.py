@@ -157,6 +157,11 @@ class NVAE(nn.Module):
         """
         return self._all_convs
 
+    @property
+    def decoder_convs(self) -> tuple[WeightNormConv2d, ...]:
+        """Those of :attr:`weight_norm_convs` that decoding uses."""
+        return self._decoder_convs
+
     # -- images -------------------------------------------------------------------------------------------------
 
     def preprocess_images(self, images: torch.Tensor) -> torch.Tensor:

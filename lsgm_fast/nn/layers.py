@@ -76,6 +76,47 @@ def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[list[torch
             conv.prepared_weight = None
 
 
+class KeptWeights:
+    """Normalised weights for repeated inference: computed once, and again only after a parameter was changed.
+
+    Seen are changes that autograd sees, and a parameter that has new memory (``.to()``); in-place changes through
+    ``.data`` are not.
+    """
+
+    def __init__(self, convs: Sequence[WeightNormConv2d]) -> None:
+        self._convs = convs
+        self._parameters: list[tuple[torch.Tensor, int, int]] = []
+        self._weights: list[torch.Tensor] = []
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The convolutions use them for the duration of the block; inside :func:`normalized_weights`, what it has."""
+        now = [
+            (p, p.data_ptr(), 0 if p.is_inference() else p._version)
+            for conv in self._convs
+            for p in conv.parameters()
+        ]
+        same = len(now) == len(self._parameters) and all(
+            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(now, self._parameters, strict=True)
+        )
+        if now and not same:
+            with torch.no_grad():
+                self._weights = ops.weight_norm(
+                    [conv.direction() for conv in self._convs], [conv.log_weight_norm for conv in self._convs]
+                )
+            self._parameters = now
+        filled = []
+        try:
+            for conv, weight in zip(self._convs, self._weights, strict=True):
+                if conv.prepared_weight is None:
+                    conv.prepared_weight = weight
+                    filled.append(conv)
+            yield
+        finally:
+            for conv in filled:
+                conv.prepared_weight = None
+
+
 class BatchNormSwish(nn.Module):
     """BatchNorm over (N, H, W), then Swish unless ``swish`` is False.
 
