@@ -8,18 +8,18 @@ import torch
 
 from lsgm_fast.testing.inputs import F32, Call, Draw, OpSamples, Shape
 
-# Filters (C_in, K, K) of the published VAEs; the leading size is the number of filters.
+# Weights (C_out, C_in, K, K) of the published VAEs; a batch is a number of them.
 SHAPES: dict[str, Shape] = {
-    "cifar10 cell": (128, 3, 3),
-    "expansion": (128, 1, 1),
-    "depthwise": (1, 5, 5),
+    "cifar10 cell": (128, 128, 3, 3),
+    "expansion": (768, 128, 1, 1),
+    "depthwise": (768, 1, 5, 5),
 }
 AWKWARD: tuple[Shape, ...] = ((1, 1, 1, 1), (1, 3, 5, 5), (17, 1, 5, 5), (5, 7, 3, 3), (3, 67, 1, 1))
 
 
 def build(draw: Draw, shape: Shape, dtype: torch.dtype, network_dtype: torch.dtype, layout: str) -> Call:
-    # A second, smaller tensor: all weights of a model are normalised together.
-    shapes = (shape, (shape[0] + 1, *shape[1:]))
+    # Four sizes: two weights, which differ. Five: as many of one kind.
+    shapes = [shape, (shape[0] + 1, *shape[1:])] if len(shape) == 4 else [shape[1:]] * shape[0]
     weights = [draw.normal(*s, dtype=dtype, layout=layout, std=0.2) for s in shapes]
     log_norms = [draw.normal(s[0], 1, 1, 1, dtype=dtype, std=0.5) for s in shapes]
     return (weights, log_norms), {}
