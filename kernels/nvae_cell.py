@@ -132,15 +132,16 @@ def product_kernel(
 # --- How a call is cut into programs: functions of the sizes alone ----------------------------------------------------
 
 TILE = 64
-"""Most pixels of a program, and most results without tensor cores, where sums fill the registers."""
+"""Most pixels of a program, and most results of float32; half of the pixels without tensor cores, where sums and what is
+multiplied fill the registers."""
 
 RESULTS = 128
-"""Most results of a program with them."""
+"""Most results of half precision."""
 
-SIDE_BY_SIDE = 128
+SIDE_BY_SIDE = 64
 """Bytes of a row of x that a program multiplies at once."""
 
-EXACT_INPUTS = 8
+EXACT_INPUTS = 16
 """Elements of it without tensor cores: a thread has all of them in registers."""
 
 PROGRAMS = 256
@@ -162,9 +163,9 @@ def plan(
     samples: int, pixels: int, inputs: int, outputs: int, itemsize: int, exact: bool
 ) -> tuple[tuple[int], dict[str, int], dict[str, Any]]:
     """(grid, sizes, options). ``exact``: products of float32, without tensor cores."""
-    columns = tile_width(outputs, TILE if exact else RESULTS)
+    columns = tile_width(outputs, TILE if itemsize == 4 else RESULTS)
     output_blocks = triton.cdiv(outputs, columns)
-    rows = min(max(triton.next_power_of_2(pixels), SMALLEST), TILE)
+    rows = min(max(triton.next_power_of_2(pixels), SMALLEST), TILE // 2 if exact else TILE)
     while rows > SMALLEST and samples * triton.cdiv(pixels, rows) * output_blocks < PROGRAMS:
         rows //= 2
     pieces = triton.cdiv(pixels, rows)
