@@ -132,7 +132,7 @@ def product_kernel(
 # --- How a call is cut into programs: functions of the sizes alone ----------------------------------------------------
 
 TILE = 64
-"""Most pixels of a program, and most results of float32; half of the pixels without tensor cores, where sums and what is
+"""Most pixels of a program, and most results of float32; without tensor cores half of the pixels, as sums and what is
 multiplied fill the registers."""
 
 RESULTS = 128
