@@ -6,4 +6,6 @@ import torch
 
 
 def residual_add(x: torch.Tensor, h: torch.Tensor, scale: float) -> torch.Tensor:
-    return (x + h) * scale
+    result = torch.promote_types(x.dtype, h.dtype)
+    dtype = torch.promote_types(result, torch.float32)
+    return ((x.to(dtype) + h.to(dtype)) * scale).to(result)
