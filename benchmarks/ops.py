@@ -418,7 +418,8 @@ def dispatch_overhead(op_name: str, device: str, rounds: int = 51, most: int = 5
     than any published one, so that the difference is not lost in the work.
     """
     op = testing.find_op(op_name)
-    sample = testing.describe_samples(op).at((1, 4, 2, 2), device=device)
+    described = testing.describe_samples(op)
+    sample = described.at(described.base, device=device)
     args, kwargs = sample.args, sample.kwargs
     with torch.no_grad():
         bound = op.resolve(*args, **kwargs)
