@@ -54,6 +54,22 @@ class WeightNormConv2d(nn.Conv2d):
         return self._conv_forward(x, self.normalized_weight(), self.bias)
 
 
+def _normalized(convs: Sequence[WeightNormConv2d]) -> list[torch.Tensor]:
+    return ops.weight_norm([c.direction() for c in convs], [c.log_weight_norm for c in convs])
+
+
+@contextmanager
+def _prepared(convs: Sequence[WeightNormConv2d], weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The convolutions, which have no prepared weight, use these for the duration of the block."""
+    try:
+        for conv, weight in zip(convs, weights, strict=True):
+            conv.prepared_weight = weight
+        yield
+    finally:
+        for conv in convs:
+            conv.prepared_weight = None
+
+
 @contextmanager
 def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[list[torch.Tensor]]:
     """Normalise the weights of all ``convs`` in one operation for the duration of the block, and yield them in order.
@@ -65,15 +81,8 @@ def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[list[torch
     another one runs it.
     """
     missing = [conv for conv in convs if conv.prepared_weight is None]
-    try:
-        if missing:
-            weights = ops.weight_norm([c.direction() for c in missing], [c.log_weight_norm for c in missing])
-            for conv, weight in zip(missing, weights, strict=True):
-                conv.prepared_weight = weight
+    with _prepared(missing, _normalized(missing) if missing else []):
         yield [conv.prepared_weight for conv in convs]
-    finally:
-        for conv in missing:
-            conv.prepared_weight = None
 
 
 class KeptWeights:
@@ -101,20 +110,15 @@ class KeptWeights:
         )
         if now and not same:
             with torch.no_grad():
-                self._weights = ops.weight_norm(
-                    [conv.direction() for conv in self._convs], [conv.log_weight_norm for conv in self._convs]
-                )
+                self._weights = _normalized(self._convs)
             self._parameters = now
-        filled = []
-        try:
-            for conv, weight in zip(self._convs, self._weights, strict=True):
-                if conv.prepared_weight is None:
-                    conv.prepared_weight = weight
-                    filled.append(conv)
+        mine = [
+            (conv, weight)
+            for conv, weight in zip(self._convs, self._weights, strict=True)
+            if conv.prepared_weight is None
+        ]
+        with _prepared([conv for conv, _ in mine], [weight for _, weight in mine]):
             yield
-        finally:
-            for conv in filled:
-                conv.prepared_weight = None
 
 
 class BatchNormSwish(nn.Module):
