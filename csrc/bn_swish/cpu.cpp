@@ -5,9 +5,7 @@
 #include <type_traits>
 
 #include "bn_swish/bn_swish.h"
-#include "common/math.h"
-#include "common/vec_math.h"
-#include "common/vector_loop.h"
+#include "common/registers.h"
 
 namespace lsgm {
 namespace bn_swish {
@@ -16,47 +14,12 @@ namespace {
 
 using namespace lsgm::LSGM_ISA;
 
-using V = Vec<float>;
-constexpr int64_t kWidth = V::width;
-
 constexpr int64_t kPivotElements = 512;  // planes: the first elements of a chunk, whose mean is the pivot
 constexpr int64_t kPivotRows = 32;       // rows: the same
 // Rows after which float32 sums are added to the float64 ones: few, as each sum is of one row after the other, and they
 // stay in the first cache for all channels.
 constexpr int64_t kFlushRows = 32;
 constexpr int64_t kChannelTile = 1024;  // channels that are taken together in all rows of a chunk
-
-template <class R>
-R filled(float value) {
-  R x;
-  fill(x, value);
-  return x;
-}
-
-// 1 + exp(-u)
-#if LSGM_VEC_AVX2
-inline V denominator(V u) { return one_plus_exp_minus(u); }
-inline Lane<float> denominator(Lane<float> u) { return {first_of(denominator(filled<V>(u.v)))}; }
-#else
-inline V denominator(V u) { return {1.0f + exp_of(-u.v)}; }
-#endif
-
-// The first `count` elements at p, then `rest`.
-template <class T>
-V load_part(const T* p, int64_t count, float rest) {
-  float parts[kWidth];
-  for (int64_t i = 0; i < kWidth; ++i) parts[i] = i < count ? widen<float>(p[i]) : rest;
-  V x;
-  load(x, parts);
-  return x;
-}
-
-template <class T>
-V load_all(const T* p) {
-  V x;
-  load(x, p);
-  return x;
-}
 
 // The planes of a chunk, one after the other: f(first element, size), until it says no.
 template <class F>
@@ -90,41 +53,6 @@ void for_each_tile(const Problem& p, int64_t begin, int64_t end, F&& f) {
       f(k, c, first, smaller(kChannelTile, p.channels - first));
     }
   }
-}
-
-// U registers of neighbouring channels.
-template <class R, int U>
-struct Group {
-  R part[U];
-  static constexpr int width = R::width;
-
-  void clear() {
-    for (R& r : part) fill(r, 0.0f);
-  }
-  template <class T>
-  void read(const T* p) {
-    for (int u = 0; u < U; ++u) load(part[u], p + u * width);
-  }
-  // Adds the channels from `skip` on to out[skip], ...
-  void add_to(double* out, int64_t skip) const {
-    float all[U * width];
-    for (int u = 0; u < U; ++u) store(part[u], all + u * width);
-    for (int64_t i = skip; i < U * width; ++i) out[i] += static_cast<double>(all[i]);
-  }
-};
-
-// f(Group, first channel, skip) for all channels, U registers at a time while there are enough. The last group overlaps
-// the one before, which has had the first `skip` of its channels.
-template <int U, class F>
-void for_each_group(int64_t channels, F&& f) {
-  int64_t i = 0;
-  for (; i + U * kWidth <= channels; i += U * kWidth) f(Group<V, U>{}, i, int64_t{0});
-  for (; i + kWidth <= channels; i += kWidth) f(Group<V, 1>{}, i, int64_t{0});
-  if (i < channels && channels >= kWidth) {
-    f(Group<V, 1>{}, channels - kWidth, i + kWidth - channels);
-    return;
-  }
-  for (; i < channels; ++i) f(Group<Lane<float>, 1>{}, i, int64_t{0});
 }
 
 // ---- statistics ----
