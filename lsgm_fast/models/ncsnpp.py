@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -182,6 +183,10 @@ class Attention(nn.Module):
         """As of :class:`ResBlock`."""
         return self.norm
 
+    def projections(self, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Queries, keys and values of the tokens (B, pixels, C)."""
+        return self.query(tokens), self.key(tokens), self.value(tokens)
+
     def forward(
         self,
         x: torch.Tensor,
@@ -192,7 +197,7 @@ class Attention(nn.Module):
         """As of :class:`ResBlock`. temb is not used: both are called alike."""
         normed = self.norm(x) if normed is None else normed
         tokens = normed.flatten(2).transpose(1, 2)
-        q, k, v = self.query(tokens), self.key(tokens), self.value(tokens)
+        q, k, v = self.projections(tokens)
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         h = self.proj(h).transpose(1, 2).reshape(x.shape)
         return _summed(x, h, then)
@@ -299,7 +304,7 @@ class NCSNpp(nn.Module):
         t = torch.atleast_1d(t).to(self.conv_in.weight.dtype)
         if t.shape[0] not in (1, z.shape[0]):
             raise ValueError(f"expected t of shape ({z.shape[0]},) or a single value, got {tuple(t.shape)}")
-        temb = F.silu(self.time_embedding(t.expand(z.shape[0])))
+        temb = self.embed(t, z.shape[0])
 
         h = self.conv_in(z)
         skips, normed = [h], None
@@ -316,6 +321,10 @@ class NCSNpp(nn.Module):
             if step.keeps:
                 skips.append(h)
         return self.conv_out(self.norm_out(h) if normed is None else normed)
+
+    def embed(self, t: torch.Tensor, n: int) -> torch.Tensor:
+        """What the residual blocks take of the times t, (n,) or (1,): the activated embedding, (n, time_width)."""
+        return F.silu(self.time_embedding(t.expand(n)))
 
     def _steps(self) -> list[_Step]:
         """Residual blocks and attention in the order in which they run."""
