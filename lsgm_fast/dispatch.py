@@ -202,10 +202,13 @@ class Op(Generic[P, R]):
         self._check(*args, **kwargs)
         impl = self._select(args, kwargs, backend)  # type: ignore[arg-type]
         if not torch.compiler.is_compiling():
-            log = _state.log
-            if log is not None:
-                log.counts[self.name, impl.backend] += 1
+            self._count(impl)
         return impl.fn(*args, **kwargs)
+
+    def _count(self, impl: Impl) -> None:
+        log = _state.log
+        if log is not None:
+            log.counts[self.name, impl.backend] += 1
 
     def resolve(self, *args: P.args, **kwargs: P.kwargs) -> Callable[..., R]:
         """The implementation that these inputs would get, to be called directly in a hot loop.
@@ -222,10 +225,7 @@ class Op(Generic[P, R]):
             if backend not in CHOICES:
                 raise unknown_name("backend", backend, CHOICES)
             return backend, True
-        choice = _state.choice
-        if choice is None:
-            choice = _process_choice
-        default, per_op = choice
+        default, per_op = _state.choice or _process_choice
         for op_name, named in per_op:
             if op_name == self.name:
                 return named, False
@@ -265,6 +265,30 @@ class Op(Generic[P, R]):
                 chosen = impl.backend
         described = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
         return Decision(self.name, requested, chosen, tuple(candidates), ", ".join(described), notes)
+
+
+class Binding:
+    """A place in a hot loop that calls an operation, without gradients.
+
+    Inputs are checked, and an implementation is chosen, at the first call with a first argument of a shape, dtype and
+    layout under a choice of backend; later such calls repeat the choice. They are recorded like any call.
+    """
+
+    def __init__(self, op: Op[Any, Any]) -> None:
+        self._op = op
+        self._chosen: dict[Any, Impl] = {}
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        op = self._op
+        if torch.compiler.is_compiling():
+            return op(x, *args, **kwargs)
+        kind = (x.shape, x.dtype, x.stride(), choice())
+        impl = self._chosen.get(kind)
+        if impl is None:
+            op._check(x, *args, **kwargs)
+            impl = self._chosen[kind] = op._select((x, *args), kwargs, None)
+        op._count(impl)
+        return impl.fn(x, *args, **kwargs)
 
 
 def define_op(
@@ -332,6 +356,11 @@ def use_backend(spec: str) -> Iterator[None]:
         yield
 
 
+def choice() -> Choice:
+    """What is asked for here, by a scope or for the process: the backend, and exceptions for some operations."""
+    return _state.choice or _process_choice
+
+
 def current_choice() -> Choice | None:
     """This thread's choice, for :func:`use_choice` in another one; None outside of :func:`use_backend`."""
     return _state.choice
@@ -364,6 +393,12 @@ def record() -> Iterator[Log]:
         _state.log = previous
         if previous is not None:
             previous.counts.update(log.counts)
+
+
+def count(log: Log) -> None:
+    """Record what ``log`` holds as if it had run here, for a replay of what it was recorded of."""
+    if _state.log is not None:
+        _state.log.counts.update(log.counts)
 
 
 def explain(op: str | Op[Any, Any], *args: Any, backend: str | None = None, **kwargs: Any) -> Decision:

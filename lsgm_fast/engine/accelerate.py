@@ -1,8 +1,8 @@
 """``accelerate``: live VAE and score modules of the published code base, computed by our networks and kernels.
 
-The results answer what code written for that code base calls, and hold the weights under the published names. Nothing
-is derived from the weights and kept: our networks refer to the very tensors that the results (and, shared, the given
-modules) hold, and whether these are still the same objects is looked at before every call.
+The results answer what code written for that code base calls, and hold the weights under the published names. Our
+networks refer to the very tensors that the results (and, shared, the given modules) hold, and whether these are still
+the same objects is looked at before every call; what is derived from them for a solve is compared with them before it.
 
 The code base itself is not imported; which attributes and methods its objects have is in ``docs/accelerate.md``.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeAlias, cast, overload
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from lsgm_fast import checkpoints
 from lsgm_fast.distributions import DecoderDistribution
+from lsgm_fast.engine.plan import Plan, Settings
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import NVAE
-from lsgm_fast.nn.layers import normalized_weights
+from lsgm_fast.nn.layers import InOutLinear, normalized_weights
 
 Options: TypeAlias = argparse.Namespace | Mapping[str, Any]
 
@@ -35,22 +36,6 @@ _SAME = 1e-2
 def normal(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A standard-normal draw from PyTorch's global generator of that device, as the published code makes it."""
     return torch.randn(tuple(shape), device=device, dtype=dtype)
-
-
-class _InOutLinear(nn.Module):
-    """``x W + b`` with W (in, out): the published layout, so that the tensor itself can be used."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The leaf itself as the operand: autocast keeps its half-precision copy, which it does not do for a view.
-        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
 class _Accelerated(nn.Module):
@@ -72,7 +57,7 @@ class _Accelerated(nn.Module):
         for key, (_, turned) in names.items():
             if turned:
                 owner, _, part = key.removesuffix(".weight").rpartition(".")
-                setattr(network.get_submodule(owner), part, _InOutLinear())
+                setattr(network.get_submodule(owner), part, InOutLinear())
         own = self.__dict__
         # One dictionary for both, so that a tensor replaced in one (by .to(), by load_state_dict) is replaced in both.
         for kind in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -308,6 +293,7 @@ class AcceleratedScore(_Accelerated):
         # Before the mode is set, which goes by it.
         self.__dict__["_dropout_known"] = dropout_known
         super().__init__(module, network, names, share)
+        self.__dict__["_plans"] = {}
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The predicted noise before mixing, (B, C, h, w), for latents x of that shape and t (B,) or 0-d.
@@ -318,6 +304,21 @@ class AcceleratedScore(_Accelerated):
         if self.is_active is not None:
             x = x * torch.as_tensor(self.is_active, dtype=x.dtype, device=x.device).reshape(1, -1, 1, 1)
         return network(x, t)
+
+    def for_sampling(self, autocast: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """What :meth:`forward` computes, prepared for many calls without gradients while no weight changes.
+
+        autocast: in the half precision that ``torch.autocast`` has on this device.
+        """
+        network = self._current()
+        if self.is_active is not None:
+            return self
+        precision = None
+        if autocast:
+            dtype = torch.get_autocast_dtype(self._device.type)
+            precision = "bf16" if dtype is torch.bfloat16 else "fp16"
+        plan: Plan = self._plans.setdefault(precision, Plan(Settings(precision)))
+        return plan.score(network)
 
     def train(self, mode: bool = True) -> Any:
         if mode and not self._dropout_known:

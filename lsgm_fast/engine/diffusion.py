@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lsgm_fast import random
 from lsgm_fast.config import SDEConfig
-from lsgm_fast.engine.accelerate import Options, normal
+from lsgm_fast.engine.accelerate import AcceleratedScore, Options, normal
 from lsgm_fast.sampling import Request, ScoreTerm, choose, integrate
 from lsgm_fast.sde import SDE, build_sde
 
@@ -105,12 +105,16 @@ class AcceleratedDiffusion:
         if request.evaluations is None and (request.adaptive or request.solver == "exponential"):
             request = Request(**asked, tol=ode_solver_tol)
 
-        def predict(z: Tensor, t: Tensor) -> Tensor:
-            return dae(z.to(torch.float32), t.to(torch.float32))
-
         logit = dae.mixing_logit if dae.mixed_prediction else None
         start = time.perf_counter()
-        with torch.autocast(device.type, enabled=enable_autocast):
+        with torch.autocast(device.type, enabled=False):
+            run = dae.for_sampling(enable_autocast) if isinstance(dae, AcceleratedScore) else dae
+
+        def predict(z: Tensor, t: Tensor) -> Tensor:
+            return run(z.to(torch.float32), t.to(torch.float32))
+
+        # A prepared network has its own precision already.
+        with torch.autocast(device.type, enabled=enable_autocast and run is dae):
             solution = integrate(
                 ScoreTerm(predict, self.sde, logit),  # type: ignore[arg-type]
                 z1,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import nn
@@ -19,11 +19,11 @@ from tqdm import tqdm
 from lsgm_fast import dispatch, ops, random
 from lsgm_fast.config import LSGMConfig, SamplingConfig, SDEConfig
 from lsgm_fast.distributions import normal_cross_entropy
+from lsgm_fast.engine.plan import Plan, Settings
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import BN_STATISTICS, NVAE, LatentGroup
 from lsgm_fast.models.overlap import SecondStream, Started, begun_ahead
-from lsgm_fast.nn.layers import KeptWeights
 from lsgm_fast.sampling import Progress, Request, ScoreTerm, TunedGrid, choose, integrate, optimise_grid
 from lsgm_fast.sde import SDE, build_sde
 from lsgm_fast.weighting import LIKELIHOOD_MODES, iw_quantities
@@ -31,6 +31,7 @@ from lsgm_fast.weighting import LIKELIHOOD_MODES, iw_quantities
 logger = logging.getLogger("lsgm_fast")
 
 DEFAULT_BATCH_SIZE = 64
+Decode: TypeAlias = Callable[..., torch.Tensor]
 PRIORS = ("score", "normal")
 """Names of the priors that :meth:`LSGM.nelbo` accepts."""
 
@@ -125,6 +126,11 @@ class LSGM(nn.Module):
         self.sde = build_sde(sde) if isinstance(sde, SDEConfig) else sde
         self.sampling = sampling or (config.sampling if config else SamplingConfig())
         self.config = config
+        self._plan = Plan()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes a plan of its own.
+        return super().__getstate__() | {"_plan": Plan(self._plan.settings)}
 
     @classmethod
     def from_config(cls, config: LSGMConfig) -> LSGM:
@@ -189,7 +195,45 @@ class LSGM(nn.Module):
     def _term(self, sde: SDE | None = None) -> ScoreTerm:
         return ScoreTerm(self._predict, sde or self.sde, self.mixing_logit)
 
+    def _sampling_term(self, sde: SDE | None = None) -> ScoreTerm:
+        """What a sampler integrates, on the plan's network."""
+        run = self._plan.score(self._network())
+
+        def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return run(z.to(self.dtype), t.to(self.dtype).to(z.device))
+
+        return ScoreTerm(predict, sde or self.sde, self.mixing_logit)
+
     # -- sampling -----------------------------------------------------------------------------------------------
+
+    def compile_for_inference(
+        self, *, precision: str | None = None, graphs: bool = True, torch_compile: bool = False
+    ) -> LSGM:
+        """Say how sampling computes, and prepare the networks for it now.
+
+        Without this call, the first :meth:`sample` prepares them with the values above. What is prepared (weights
+        normalised, cast and laid out once, on CUDA graphs of an evaluation) takes about the memory of the weights
+        again, is made anew when weights change, and is left aside in training mode, under ``torch.autocast`` and
+        ``use_backend("reference")``. Training, likelihoods and ``predict_noise`` do not use it.
+
+        Args:
+            precision: of convolutions and matrix products: ``"fp32"``, ``"tf32"`` (CUDA), ``"bf16"``, ``"fp16"``; None:
+                that of the weights, with PyTorch's own TF32 flags. Normalisation, softmax, the time embedding, mixing
+                and the solver's state keep float32 or better.
+            graphs: replay evaluations from CUDA graphs. torch_compile: compile the score network with
+                ``torch.compile``, minutes at the first evaluation of every batch size.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: unknown precision.
+        """
+        self._plan = Plan(Settings(precision, graphs, torch_compile))
+        self._plan.decoder(self.vae)
+        if self.prior is not None:
+            self._plan.score(self.prior)
+        return self
 
     def sample_latents(
         self,
@@ -264,7 +308,7 @@ class LSGM(nn.Module):
             start = time.perf_counter()
             sde = self.sde.with_parity("published") if request.solver == "scipy" else self.sde
             solution = integrate(
-                self._term(sde),
+                self._sampling_term(sde),
                 z1,
                 request,
                 ode_eps=self.sampling.ode_eps,
@@ -336,7 +380,7 @@ class LSGM(nn.Module):
                 bar.set_postfix(error=f"{best:.3g}")
 
             tuned = optimise_grid(
-                self._term(),
+                self._sampling_term(),
                 noise * self.sde.prior_std,
                 evaluations,
                 self.sampling.ode_eps,
@@ -511,16 +555,12 @@ class LSGM(nn.Module):
                 progress=progress,
             )
 
-        # A VAE of the user's own need not have any.
-        weights = KeptWeights(getattr(self.vae, "decoder_convs", ()))
-
-        def decode(part: slice, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def decode(run: Decode, part: slice, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if lower_noise is None:
                 lower = self._draw_lower(z.shape[0], seed, first + part.start)
             else:
                 lower = [e[part].to(z.device) for e in lower_noise]
-            with weights.applied():
-                images, finite = self._decode(z, [e * vae_temperature for e in lower], bn, crop)
+            images, finite = self._decode(run, z, [e * vae_temperature for e in lower], bn, crop)
             return images.float(), finite
 
         parts = (slice(start, min(start + batch, total)) for start in range(0, total, batch))
@@ -530,15 +570,17 @@ class LSGM(nn.Module):
         self,
         parts: Iterable[slice],
         latents: Callable[[slice], tuple[torch.Tensor, SamplingInfo]],
-        decode: Callable[[slice, torch.Tensor], tuple[torch.Tensor, ...]],
+        decode: Callable[[Decode, slice, torch.Tensor], tuple[torch.Tensor, ...]],
     ) -> Generator[tuple[torch.Tensor, SamplingInfo], None, None]:
         """Solve and decode one part after the other, each decoded while the next is solved where the device can."""
         second = SecondStream(self.device)
 
         def begin() -> Iterator[tuple[Started, SamplingInfo]]:
             for part in parts:
+                # Before the solve: looking at the weights waits for the device.
+                run = self._plan.decoder(self.vae)
                 z, info = latents(part)
-                started = second.start(functools.partial(decode, part), z)
+                started = second.start(functools.partial(decode, run, part), z)
                 del z
                 yield started, info
 
@@ -592,16 +634,16 @@ class LSGM(nn.Module):
                 f"expected latents (N, {', '.join(map(str, self.latent_shape))}), got {tuple(z.shape)}"
             )
         lower = list(lower_noise) if lower_noise is not None else self._draw_lower(z.shape[0], seed, 0)
-        images, finite = self._decode(z, lower, bn, crop)
+        images, finite = self._decode(self._plan.decoder(self.vae), z, lower, bn, crop)
         _require_finite(finite)
         return images
 
     @torch.no_grad()
     def _decode(
-        self, z: torch.Tensor, lower: list[torch.Tensor], bn: str, crop: bool
+        self, run: Decode, z: torch.Tensor, lower: list[torch.Tensor], bn: str, crop: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The images, and what :func:`_require_finite` looks at: reading it here would wait for the device."""
-        images = self._decode_splitting(z.to(self.dtype), [e.to(self.dtype) for e in lower], bn, crop)
+        images = self._decode_splitting(run, z.to(self.dtype), [e.to(self.dtype) for e in lower], bn, crop)
         finite_input = torch.isfinite(z).all().to(images.device)
         return images, torch.stack((torch.isfinite(images).all(), finite_input))
 
@@ -612,10 +654,10 @@ class LSGM(nn.Module):
         return bn
 
     def _decode_splitting(
-        self, z: torch.Tensor, lower: list[torch.Tensor], bn: str, crop: bool
+        self, run: Decode, z: torch.Tensor, lower: list[torch.Tensor], bn: str, crop: bool
     ) -> torch.Tensor:
         try:
-            return self.vae.decode(z, lower_noise=lower, bn=bn, crop=crop)
+            return run(z, lower_noise=lower, bn=bn, crop=crop)
         except torch.OutOfMemoryError:
             if bn == "batch" or z.shape[0] == 1:
                 raise
@@ -624,8 +666,8 @@ class LSGM(nn.Module):
             torch.cuda.empty_cache()
         half = (z.shape[0] + 1) // 2
         logger.warning("out of memory while decoding %d images: decoding %d at a time", z.shape[0], half)
-        first = self._decode_splitting(z[:half], [e[:half] for e in lower], bn, crop)
-        second = self._decode_splitting(z[half:], [e[half:] for e in lower], bn, crop)
+        first = self._decode_splitting(run, z[:half], [e[:half] for e in lower], bn, crop)
+        second = self._decode_splitting(run, z[half:], [e[half:] for e in lower], bn, crop)
         return torch.cat((first, second))
 
     # -- inference ----------------------------------------------------------------------------------------------

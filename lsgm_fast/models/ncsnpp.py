@@ -301,7 +301,7 @@ class NCSNpp(nn.Module):
             raise ValueError(
                 f"expected latents (B, {c.latent_channels}, {c.latent_size}, {c.latent_size}), got {tuple(z.shape)}"
             )
-        t = torch.atleast_1d(t).to(self.conv_in.weight.dtype)
+        t = torch.atleast_1d(t).to(self.time_embedding.linear1.weight.dtype)
         if t.shape[0] not in (1, z.shape[0]):
             raise ValueError(f"expected t of shape ({z.shape[0]},) or a single value, got {tuple(t.shape)}")
         temb = self.embed(t, z.shape[0])

@@ -54,19 +54,21 @@ class WeightNormConv2d(nn.Conv2d):
         return self._conv_forward(x, self.normalized_weight(), self.bias)
 
 
-def _normalized(convs: Sequence[WeightNormConv2d]) -> list[torch.Tensor]:
+def normalize_weights(convs: Sequence[WeightNormConv2d]) -> list[torch.Tensor]:
+    """The weights that the convolutions have, from one operation."""
     return ops.weight_norm([c.direction() for c in convs], [c.log_weight_norm for c in convs])
 
 
 @contextmanager
-def _prepared(convs: Sequence[WeightNormConv2d], weights: Sequence[torch.Tensor]) -> Iterator[None]:
-    """The convolutions, which have no prepared weight, use these for the duration of the block."""
+def prepared_weights(convs: Sequence[WeightNormConv2d], weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The convolutions use these weights for the duration of the block, those that have prepared ones keep them."""
+    given = [(conv, w) for conv, w in zip(convs, weights, strict=True) if conv.prepared_weight is None]
     try:
-        for conv, weight in zip(convs, weights, strict=True):
+        for conv, weight in given:
             conv.prepared_weight = weight
         yield
     finally:
-        for conv in convs:
+        for conv, _ in given:
             conv.prepared_weight = None
 
 
@@ -81,44 +83,8 @@ def normalized_weights(convs: Sequence[WeightNormConv2d]) -> Iterator[list[torch
     another one runs it.
     """
     missing = [conv for conv in convs if conv.prepared_weight is None]
-    with _prepared(missing, _normalized(missing) if missing else []):
+    with prepared_weights(missing, normalize_weights(missing) if missing else []):
         yield [conv.prepared_weight for conv in convs]
-
-
-class KeptWeights:
-    """Normalised weights for repeated inference: computed once, and again only after a parameter was changed.
-
-    Seen are changes that autograd sees, and a parameter that has new memory (``.to()``); in-place changes through
-    ``.data`` are not.
-    """
-
-    def __init__(self, convs: Sequence[WeightNormConv2d]) -> None:
-        self._convs = convs
-        self._parameters: list[tuple[torch.Tensor, int, int]] = []
-        self._weights: list[torch.Tensor] = []
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The convolutions use them for the duration of the block; inside :func:`normalized_weights`, what it has."""
-        now = [
-            (p, p.data_ptr(), 0 if p.is_inference() else p._version)
-            for conv in self._convs
-            for p in conv.parameters()
-        ]
-        same = len(now) == len(self._parameters) and all(
-            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(now, self._parameters, strict=True)
-        )
-        if now and not same:
-            with torch.no_grad():
-                self._weights = _normalized(self._convs)
-            self._parameters = now
-        mine = [
-            (conv, weight)
-            for conv, weight in zip(self._convs, self._weights, strict=True)
-            if conv.prepared_weight is None
-        ]
-        with _prepared([conv for conv, _ in mine], [weight for _, weight in mine]):
-            yield
 
 
 class BatchNormSwish(nn.Module):
@@ -196,6 +162,22 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, skip: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
         return ops.se_residual(skip, x, *self.tensors(), scale)
+
+
+class InOutLinear(nn.Module):
+    """``x W + b`` with W (in, out): the published layout, so that the tensor itself can be used."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The leaf itself as the operand: autocast keeps its half-precision copy, which it does not do for a view.
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
 class FactorizedReduce(nn.Module):
