@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lsgm_fast import dispatch, ops, random
 from lsgm_fast.config import LSGMConfig, SamplingConfig, SDEConfig
 from lsgm_fast.distributions import normal_cross_entropy
-from lsgm_fast.engine.plan import Plan, Settings
+from lsgm_fast.engine import plan as plans  # the module: it imports this package, too
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.models.ncsnpp import NCSNpp
 from lsgm_fast.models.nvae import BN_STATISTICS, NVAE, LatentGroup
@@ -126,11 +126,11 @@ class LSGM(nn.Module):
         self.sde = build_sde(sde) if isinstance(sde, SDEConfig) else sde
         self.sampling = sampling or (config.sampling if config else SamplingConfig())
         self.config = config
-        self._plan = Plan()
+        self._plan = plans.Plan()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes a plan of its own.
-        return super().__getstate__() | {"_plan": Plan(self._plan.settings)}
+        return super().__getstate__() | {"_plan": plans.Plan(self._plan.settings)}
 
     @classmethod
     def from_config(cls, config: LSGMConfig) -> LSGM:
@@ -229,7 +229,7 @@ class LSGM(nn.Module):
         Raises:
             ValueError: unknown precision.
         """
-        self._plan = Plan(Settings(precision, graphs, torch_compile))
+        self._plan = plans.Plan(plans.Settings(precision, graphs, torch_compile))
         self._plan.decoder(self.vae)
         if self.prior is not None:
             self._plan.score(self.prior)

@@ -269,7 +269,9 @@ class NVAE(nn.Module):
         """
         if bn not in BN_STATISTICS:
             raise unknown_name("BatchNorm statistics", bn, BN_STATISTICS)
-        mean = self.output_distribution(self.logits(z, lower_noise, bn == "batch")).mean()
+        logits = self.logits(z, lower_noise, bn == "batch")
+        # Half precision ends with the network: 8 bits of grey need more than the arithmetic of a mean would leave.
+        mean = self.output_distribution(logits.to(torch.promote_types(logits.dtype, torch.float32))).mean()
         images = (mean.clamp(-1.0, 1.0) + 1.0) / 2.0
         return self.crop_images(images) if crop else images
 
