@@ -28,7 +28,7 @@ from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import torch
 
-from lsgm_fast import env, selftest
+from lsgm_fast import env, selftest, trace
 from lsgm_fast.errors import BackendUnsupported, unknown_name
 
 P = ParamSpec("P")
@@ -201,14 +201,17 @@ class Op(Generic[P, R]):
         backend = kwargs.pop("backend", None)
         self._check(*args, **kwargs)
         impl = self._select(args, kwargs, backend)  # type: ignore[arg-type]
-        if not torch.compiler.is_compiling():
-            self._count(impl)
-        return impl.fn(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return impl.fn(*args, **kwargs)
+        return self._run(impl, args, kwargs)
 
-    def _count(self, impl: Impl) -> None:
+    def _run(self, impl: Impl, args: Any, kwargs: Any) -> R:
         log = _state.log
         if log is not None:
             log.counts[self.name, impl.backend] += 1
+        if trace.active:
+            return trace.call(self.name, impl.backend, impl.fn, args, kwargs)
+        return impl.fn(*args, **kwargs)
 
     def resolve(self, *args: P.args, **kwargs: P.kwargs) -> Callable[..., R]:
         """The implementation that these inputs would get, to be called directly in a hot loop.
@@ -287,8 +290,7 @@ class Binding:
         if impl is None:
             op._check(x, *args, **kwargs)
             impl = self._chosen[kind] = op._select((x, *args), kwargs, None)
-        op._count(impl)
-        return impl.fn(x, *args, **kwargs)
+        return op._run(impl, (x, *args), kwargs)
 
 
 def define_op(

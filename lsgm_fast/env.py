@@ -7,6 +7,7 @@
 ``LSGM_FAST_SELFTEST`` ``0``: ``auto`` uses fused kernels without comparing them with the reference first.
 ``LSGM_FAST_CACHE``    Folder of self-test verdicts, compiled kernels and the classifiers of evaluations; default
                        ``lsgm_fast`` in the cache folder.
+``LSGM_FAST_TRACE``     ``1``: named ranges for profilers from the start (:mod:`lsgm_fast.trace`).
 ====================== ==============================================================================
 
 ``torchrun``'s variables (:data:`TORCHRUN`) are read by :func:`torchrun`.
@@ -33,12 +34,14 @@ from lsgm_fast.errors import unknown_name
 BACKEND = "LSGM_FAST_BACKEND"
 SELFTEST = "LSGM_FAST_SELFTEST"
 CACHE = "LSGM_FAST_CACHE"
+TRACE = "LSGM_FAST_TRACE"
 LIBRARY_PATH = "LSGM_FAST_LIBRARY_PATH"
 
 VARIABLES = {
     BACKEND: "backend for all operations, or per operation: `triton` or `triton,group_norm_swish=reference`",
     SELFTEST: "`0`: let `auto` use fused kernels without comparing them with the reference first",
     CACHE: "folder of self-test verdicts, compiled kernels, classifiers (default: `lsgm_fast` in the user's cache)",
+    TRACE: "`1`: named ranges for profilers (Nsight, PyTorch's) from the start",
     LIBRARY_PATH: "folder that the compiled libraries are loaded from, instead of the package's own",
     "LSGM_FAST_BUILD": "at installation: `auto`, `none`, `cpu` or `cuda`, what to compile",
     "LSGM_FAST_CUDA_ARCHS": "at installation: GPU architectures to compile for, as in `8.0;9.0+PTX`",
@@ -106,9 +109,22 @@ def selftest_enabled(environ: Mapping[str, str] | None = None) -> bool:
     Raises:
         ValueError: ``LSGM_FAST_SELFTEST`` is neither 0 nor 1.
     """
-    value = (os.environ if environ is None else environ).get(SELFTEST, "1")
+    return _switch(SELFTEST, "1", environ)
+
+
+def trace_enabled(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether ranges for profilers are made from the start.
+
+    Raises:
+        ValueError: ``LSGM_FAST_TRACE`` is neither 0 nor 1.
+    """
+    return _switch(TRACE, "0", environ)
+
+
+def _switch(name: str, default: str, environ: Mapping[str, str] | None) -> bool:
+    value = (os.environ if environ is None else environ).get(name, default)
     if value not in ("0", "1"):
-        raise ValueError(f"environment variable {SELFTEST}={value!r}: expected 0 or 1")
+        raise ValueError(f"environment variable {name}={value!r}: expected 0 or 1")
     return value == "1"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsgm_fast import random
+from lsgm_fast import random, trace
 from lsgm_fast.config import SDEConfig
 from lsgm_fast.engine.accelerate import AcceleratedScore, Options, normal
 from lsgm_fast.sampling import Request, ScoreTerm, choose, integrate
@@ -110,6 +110,7 @@ class AcceleratedDiffusion:
         with torch.autocast(device.type, enabled=False):
             run = dae.for_sampling(enable_autocast) if isinstance(dae, AcceleratedScore) else dae
 
+        @trace.spanned("evaluation", trace.evaluation)
         def predict(z: Tensor, t: Tensor) -> Tensor:
             return run(z.to(torch.float32), t.to(torch.float32))
 

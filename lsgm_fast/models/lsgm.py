@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lsgm_fast import dispatch, ops, random
+from lsgm_fast import dispatch, ops, random, trace
 from lsgm_fast.config import LSGMConfig, SamplingConfig, SDEConfig
 from lsgm_fast.distributions import normal_cross_entropy
 from lsgm_fast.engine import plan as plans  # the module: it imports this package, too
@@ -175,6 +175,7 @@ class LSGM(nn.Module):
             )
         return self.prior
 
+    @trace.spanned("evaluation", trace.evaluation)
     def _predict(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The network's output, in its own dtype whatever that of the state."""
         return self._network()(z.to(self.dtype), t.to(self.dtype).to(z.device))
@@ -199,6 +200,7 @@ class LSGM(nn.Module):
         """What a sampler integrates, on the plan's network."""
         run = self._plan.score(self._network())
 
+        @trace.spanned("evaluation", trace.evaluation)
         def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return run(z.to(self.dtype), t.to(self.dtype).to(z.device))
 
@@ -392,6 +394,7 @@ class LSGM(nn.Module):
             self.config = self.config.replace(sampling=self.config.sampling.with_grid(tuned.times))
         return tuned
 
+    @trace.spanned("sample")
     def sample(
         self,
         n: int,
@@ -638,6 +641,7 @@ class LSGM(nn.Module):
         _require_finite(finite)
         return images
 
+    @trace.spanned("decode")
     @torch.no_grad()
     def _decode(
         self, run: Decode, z: torch.Tensor, lower: list[torch.Tensor], bn: str, crop: bool

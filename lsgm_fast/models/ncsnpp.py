@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lsgm_fast import ops
+from lsgm_fast import ops, trace
 from lsgm_fast.config import ScoreConfig
 from lsgm_fast.nn.recompute import recomputed
 
@@ -136,6 +136,7 @@ class ResBlock(nn.Module):
         """The normalisation that may be computed together with the sum that makes this block's input."""
         return self.norm1 if self.resample is None else None
 
+    @trace.spanned("res_block", trace.shape)
     def forward(
         self,
         x: torch.Tensor,
@@ -187,6 +188,7 @@ class Attention(nn.Module):
         """Queries, keys and values of the tokens (B, pixels, C)."""
         return self.query(tokens), self.key(tokens), self.value(tokens)
 
+    @trace.spanned("attention", trace.shape)
     def forward(
         self,
         x: torch.Tensor,
@@ -284,6 +286,7 @@ class NCSNpp(nn.Module):
         self.norm_out = GroupNormSwish(channels)
         self.conv_out = _conv(channels, c.latent_channels, scale=ZERO_INIT)
 
+    @trace.spanned("score_network", trace.shape)
     def forward(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Predict the noise.
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lsgm_fast import random
+from lsgm_fast import random, trace
 from lsgm_fast.config import VAEConfig
 from lsgm_fast.distributions import DecoderDistribution, decoder_distribution, soft_clamp
 from lsgm_fast.errors import unknown_name
@@ -322,6 +322,7 @@ class NVAE(nn.Module):
 
     # -- the network --------------------------------------------------------------------------------------------
 
+    @trace.spanned("encode")
     def _infer(
         self, x: torch.Tensor, noise: Sequence[torch.Tensor], batch_stats: bool, last_cells: bool = True
     ) -> tuple[torch.Tensor, list[LatentGroup]]:

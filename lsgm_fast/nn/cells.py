@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lsgm_fast import distributed, ops
+from lsgm_fast import distributed, ops, trace
 from lsgm_fast.nn.layers import (
     BN_EPS,
     BatchNormSwish,
@@ -155,6 +155,7 @@ class Cell(nn.Module):
             self.branch = branch(in_channels, out_channels, stride, up)
         self.se = SqueezeExcite(out_channels) if squeeze_excite else None
 
+    @trace.spanned("cell", trace.shape)
     def forward(self, x: torch.Tensor, batch_stats: bool = False) -> torch.Tensor:
         skip = self.skip(x)
         if not (self.training or (batch_stats and distributed.world_size() > 1)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lsgm_fast import ops
+from lsgm_fast import ops, trace
 from lsgm_fast.discretisation import VARIANCES, DDPMSchedule, discretise
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.sampling.solution import Callback, Progress, Solution, StepRecord
@@ -88,6 +88,7 @@ def sample_ancestral(
     records: list[StepRecord] = []
     for i in range(steps):
         k = steps - i
+        trace.step(i, k / steps)
         c_x, c_eps, c_noise = schedule.step_coefficients(k, variance)
         eps = score(z, times[i].expand(z.shape[0]))
         if eps.shape != z.shape:

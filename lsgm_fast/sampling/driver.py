@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lsgm_fast import trace
 from lsgm_fast.errors import unknown_name
 from lsgm_fast.sampling.ancestral import sample_ancestral
 from lsgm_fast.sampling.exponential import solve_exponential
@@ -128,6 +129,7 @@ def evaluations_per_step(solver: str) -> int:
     return 2 if solver == "predictor_corrector" else 1
 
 
+@trace.spanned("solve")
 def integrate(
     term: ScoreTerm,
     z1: Tensor,

@@ -13,7 +13,7 @@ import time
 import torch
 from torch import Tensor
 
-from lsgm_fast import ops
+from lsgm_fast import ops, trace
 from lsgm_fast.errors import NonFiniteError, unknown_name
 from lsgm_fast.sampling.grids import NATURAL_POWER
 from lsgm_fast.sampling.methods import exponential_weights
@@ -155,6 +155,7 @@ def solve_exponential(
                 f"exponential attempted max_steps = {max_steps} steps and reached t = {float(rows.t[0])!r} of "
                 f"{t_end!r}: raise the tolerances or max_steps"
             )
+        trace.step(attempt, rows.t)
         x_next = rows.x + rows.h
         last = (x_end - x_next) / way <= 0.1 * rows.h / way  # no crumb of a step at the end
         x_next = torch.where(last, x_end, x_next)

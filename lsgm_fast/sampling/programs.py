@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsgm_fast import ops
+from lsgm_fast import ops, trace
 from lsgm_fast.sampling import solution as _solution
 from lsgm_fast.sampling.solution import Callback, CountedDrift, Progress, Solution
 from lsgm_fast.sampling.terms import ScoreTerm
@@ -127,6 +127,7 @@ def run_program(
     predictions: dict[int, Tensor] = {}
     made = step = 0
     for i, stage in enumerate(stages):
+        trace.step(step, times[step])
         at = states[stage.state]
         output = calls.counted(term.predict(at, stamps[i].expand(z.shape[0])))
         if stage.parametrisation is not None:

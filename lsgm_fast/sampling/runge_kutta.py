@@ -22,7 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lsgm_fast import ops
+from lsgm_fast import ops, trace
 from lsgm_fast.errors import NonFiniteError
 from lsgm_fast.reference.rk import CONTROL_FIELDS
 from lsgm_fast.sampling import solution as _solution
@@ -420,6 +420,7 @@ def _solve_joint(
                 f"{name} attempted max_steps = {max_steps} steps and reached t = {t!r} of {t_end!r}: raise the "
                 "tolerances or max_steps"
             )
+        trace.step(attempt, t)
         numbers = _stage_times(tableau, t, row[_T_NEXT]) if stages.term is None else None
         times = _Times(torch.lerp(control[_T], control[_T_NEXT], nodes), numbers)
         h = control[_H]
@@ -501,6 +502,7 @@ def _solve_per_sample(
                 f"t = {reached[behind]!r} of {t_end!r} ({len(samples)} of {len(z1)} did not arrive): raise the "
                 "tolerances or max_steps"
             )
+        trace.step(len(attempts), reached[0])
         times = _Times(torch.lerp(control[:, _T], control[:, _T_NEXT], nodes))
         h = control[:, _H]
         if any_accepted and not tableau.reuses_last:
@@ -617,6 +619,7 @@ def solve_fixed(
     last = len(tableau.b) - 1
     finite = torch.ones(len(sizes), dtype=torch.bool, device=z1.device)
     for i, (t, t_next) in enumerate(pairwise(times)):
+        trace.step(i, t)
         step = _Times(all_times[i], _stage_times(tableau, t, t_next))
         stages.restart(t)
         stages.begin(sizes[i])

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lsgm_fast import ops
+from lsgm_fast import ops, trace
 from lsgm_fast.errors import NonFiniteError
 from lsgm_fast.sampling import solution as _solution
 from lsgm_fast.sampling.solution import Callback, CountedDrift, Progress, Solution, SolverError, StepRecord
@@ -191,6 +191,7 @@ def solve_euler_maruyama(
     """
     run = _FixedSteps(term, z1, times, noise_fn, temperature, callback)
     for n in range(run.steps):
+        trace.step(n, run.times[n])
         run.predict(n, noisy=not denoise or n < run.steps - 1)
         run.finish(n)
     return run.solution()
@@ -256,6 +257,7 @@ def solve_predictor_corrector(
     towards = (-2.0 * snr**2 * alpha * std).tolist()
     spread = (2.0 * snr * temperature * alpha.sqrt() * std).tolist()
     for n in range(run.steps):
+        trace.step(n, run.times[n])
         run.predict(n, noisy=True)
         for _ in range(corrector_steps):
             mixed = ops.mixed_score(run.network(n + 1), run.z, term.mixing_logit, run.r[n + 1])
@@ -371,6 +373,7 @@ def solve_adaptive_sde(
                 f"sample {int(active[late])} reached t = {float(t[late])!r} of {t_end!r} in max_steps = {max_steps} "
                 f"steps, the last with error {float(error):.3g}: raise rtol = {rtol}, atol = {atol} or max_steps"
             )
+        trace.step(attempt, t)
         t_next = torch.where(h >= t - t_end, t_end, t - h)
         linear, network, g = reverse_coefficients(term, a, torch.cat([t, t_next]))
         (l1, l2), (w1, w2), (g1, g2) = linear.chunk(2), network.chunk(2), g.chunk(2)

@@ -130,16 +130,36 @@ def compare_forward(
 ) -> None:
     """:func:`check_forward` for any function that takes the reference's arguments."""
     label = f"{label}, sample {sample.id!r}, forward"
-
-    def evaluate(function: Callable[..., Any], call: Any) -> Results:
-        args, kwargs = call
-        args = [_own(a) if position in sample.mutates else a for position, a in enumerate(args)]
-        with torch.no_grad():
-            results = _flat(function(*args, **kwargs))
-        return results + [args[position] for position in sample.mutates]
-
     call = (sample.args, sample.kwargs)
-    _compare(lambda c: evaluate(fn, c), lambda c: evaluate(reference, c), call, k, label, "result")
+    mutates = sample.mutates
+    _compare(lambda c: _run(fn, c, mutates), lambda c: _run(reference, c, mutates), call, k, label, "result")
+
+
+def distance(op: str | Op[Any, Any], backend: str, sample: Sample) -> float:
+    """Largest relative L2 distance of a backend's floating-point results on a sample from the float64 reference's."""
+    op = find_op(op)
+    impl = _runnable(op, backend, sample)
+    call = (sample.args, sample.kwargs)
+    got = _run(impl.fn, call, sample.mutates)
+    exact = _run(op.impl("reference").fn, pytree.tree_map(_wide, call), sample.mutates)
+    pairs = zip(got, exact, strict=True)
+    return max(
+        (
+            norms(g, e).relative_l2
+            for g, e in pairs
+            if g is not None and e is not None and g.is_floating_point()
+        ),
+        default=0.0,
+    )
+
+
+def _run(function: Callable[..., Any], call: Any, mutates: Sequence[int]) -> Results:
+    """The results of a call, and what it leaves in the arguments that it writes to; the caller's stay as they are."""
+    args, kwargs = call
+    args = [_own(a) if position in mutates else a for position, a in enumerate(args)]
+    with torch.no_grad():
+        results = _flat(function(*args, **kwargs))
+    return results + [args[position] for position in mutates]
 
 
 def compare_backward(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lsgm_fast import trace
 from lsgm_fast.training.config import OptimizerConfig
 
 _OPTIMIZERS: dict[str, Any] = {
@@ -55,6 +56,7 @@ class EMA:
             p.detach().clone().to(torch.promote_types(p.dtype, torch.float32)) for p in parameters
         ]
 
+    @trace.spanned("ema")
     @torch.no_grad()
     def update(self) -> None:
         """Take the parameters as they are now into the average."""

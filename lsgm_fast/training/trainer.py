@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lsgm_fast import distributed
+from lsgm_fast import distributed, trace
 from lsgm_fast.data import Batch, batches, check_data, open_data
 from lsgm_fast.errors import NonFiniteError
 from lsgm_fast.models.lsgm import LSGM
@@ -305,6 +305,7 @@ class Trainer:
         if not self._trains_vae and self.config.objective.frozen_bn == "running":
             self.model.vae.eval()
 
+    @trace.spanned("train_step")
     def _one_step(self, stream: Iterator[Batch]) -> dict[str, Any]:
         c, step = self.config, self.step
         weights = self._weights(step)
@@ -325,7 +326,8 @@ class Trainer:
                 loss, here = self._forward(self._parallel, batch, weights, part)
                 if not self._agree(bool(torch.isfinite(loss.detach()))):
                     self._give_up(batch, weights, part, "loss")
-                self._scaler.scale(loss / c.accumulate).backward()
+                with trace.span("backward"):
+                    self._scaler.scale(loss / c.accumulate).backward()
             for name, value in here.items():
                 parts[name] = parts[name] + value / c.accumulate if name in parts else value / c.accumulate
         norms = {}
@@ -334,9 +336,10 @@ class Trainer:
             norms[f"grad_norm_{name}"] = self._clip(optimizer)
         if c.precision != "fp16" and not self._agree(all(bool(torch.isfinite(n)) for n in norms.values())):
             self._give_up(batch, weights, part, "gradient")
-        for optimizer in self._optimizers.values():
-            self._scaler.step(optimizer)
-        self._scaler.update()
+        with trace.span("optimizer"):
+            for optimizer in self._optimizers.values():
+                self._scaler.step(optimizer)
+            self._scaler.update()
         if self.ema is not None:
             self.ema.update()
         self.step += 1
@@ -347,6 +350,7 @@ class Trainer:
             {name: value.detach() for name, value in parts.items()} | rates | {"kl_coefficient": weights.kl}
         )
 
+    @trace.spanned("forward")
     def _forward(
         self, objective: nn.Module, batch: Batch, weights: Weights, part: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -379,6 +383,7 @@ class Trainer:
             r.score if c.stage == "lsgm" else 0.0,
         )
 
+    @trace.spanned("clip")
     def _clip(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         """Norm of the gradients, before they are clipped to ``clip_norm``."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
