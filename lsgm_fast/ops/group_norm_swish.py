@@ -294,7 +294,10 @@ def _residual_slower(
     eps: float = 1e-6,
     swish: bool = True,
 ) -> list[str]:
-    return _too_small(x, residual, weight, bias)
+    why = _too_small(x, residual, weight, bias)
+    if x.dtype == torch.float32 and x.shape[0] == 1 and _prepare.dense_format(x) is torch.channels_last:
+        why.append("a single float32 sample in channels_last: plain PyTorch was measured 7 to 17 % faster")
+    return why
 
 
 def _residual_to_kernel(
