@@ -60,6 +60,7 @@ SOURCES = ("lsgm_fast", "kernels", "csrc", "benchmarks")
 SOURCE_SUFFIXES = (".py", ".cpp", ".cc", ".cu", ".cuh", ".h", ".hpp")
 
 OUT_OF_TIME = "the time budget"
+BUSY_EXIT = 3  # exit status of a program that refuses a busy machine
 
 T = TypeVar("T")
 Figure = dict[str, Any]

@@ -44,13 +44,12 @@ import torch
 
 import lsgm_fast.ops  # registers the operations  # noqa: F401
 from benchmarks import measure
-from benchmarks.measure import Budget, Figure, MachineBusy, OutOfTime, measured, not_measured
+from benchmarks.measure import BUSY_EXIT, Budget, Figure, MachineBusy, OutOfTime, measured, not_measured
 from lsgm_fast import native, testing
 from lsgm_fast.dispatch import REGISTRY, Op, record, use_backend
 from lsgm_fast.errors import unknown_name
 from lsgm_fast.testing import OpSamples, Sample
 
-BUSY_EXIT = 3
 MODES = ("forward", "forward+backward")
 LAYOUTS = ("contiguous", "channels_last")
 # dtype of the state <- dtype of the network's output

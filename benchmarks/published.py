@@ -47,6 +47,7 @@ from torch import nn
 import lsgm_fast
 from benchmarks import measure
 from benchmarks.measure import (
+    BUSY_EXIT,
     Budget,
     Figure,
     MachineBusy,
@@ -59,8 +60,6 @@ from benchmarks.measure import (
 from lsgm_fast.errors import unknown_name
 from lsgm_fast.models import LSGM
 from lsgm_fast.presets import PRESETS
-
-BUSY_EXIT = 3
 
 FIXED_TOL = 1e6
 SOLVERS = ("scipy", "rk45")

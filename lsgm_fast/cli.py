@@ -15,7 +15,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from lsgm_fast.commands import bench, evaluation, profiling, sampling, training
+from lsgm_fast.commands import bench, evaluation, profiling, records, sampling, training
 from lsgm_fast.commands.common import Json, describe
 
 # torch and everything that needs it are imported inside the commands: `--help` answers at once.
@@ -63,6 +63,7 @@ app.command()(training.train)
 app.command()(evaluation.evaluate)
 app.command()(sampling.convert)
 app.command()(sampling.tune)
+records.register(bench.bench_app)
 app.add_typer(bench.bench_app, name="bench")
 app.command()(profiling.profile)
 

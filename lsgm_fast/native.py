@@ -74,10 +74,10 @@ def folder() -> Path:
     return env.library_path() or _PACKAGE / "_lib"
 
 
-def build_record() -> dict[str, Any] | None:
-    """What the build in :func:`folder` wrote about itself; None where nothing was ever built there."""
+def build_record(place: Path | None = None) -> dict[str, Any] | None:
+    """What the build in ``place`` (:func:`folder`) wrote about itself; None where nothing was ever built there."""
     try:
-        record = json.loads((folder() / _RECORD).read_text(encoding="utf-8"))
+        record = json.loads(((place or folder()) / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
