@@ -111,6 +111,12 @@ def sample(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images computed together. Default: at most 64.")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of convolutions and matrix products: fp32, tf32 (GPUs), bf16 or fp16. Default: the model's own."
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -151,7 +157,9 @@ def sample(
             raise ValueError("--shards writes arrays, and those alone: leave --individual and --npz out")
         from lsgm_fast.commands.shards import sample_shards
 
-        sample_shards(model, number, out, shards, seed, device, options, as_json=as_json, quiet=quiet)
+        sample_shards(
+            model, number, out, shards, seed, device, options, precision, as_json=as_json, quiet=quiet
+        )
         return
     processes = env.torchrun()
     if processes is not None and processes.size > 1:
@@ -159,7 +167,7 @@ def sample(
             f"{processes.size} processes would each draw the same images: add --shards, which shares them"
         )
     outputs = _Outputs.plan(out, individual=individual, npz=npz)
-    _sample(_Request(model, number, outputs, seed, device, options), as_json=as_json, quiet=quiet)
+    _sample(_Request(model, number, outputs, seed, device, options, precision), as_json=as_json, quiet=quiet)
 
 
 def convert(
@@ -342,6 +350,7 @@ class _Request:
     seed: int
     device: str
     options: dict[str, Any] = field(default_factory=dict)
+    precision: str | None = None
 
 
 def _sample(request: _Request, *, as_json: bool, quiet: bool) -> None:
@@ -350,6 +359,8 @@ def _sample(request: _Request, *, as_json: bool, quiet: bool) -> None:
     import lsgm_fast
 
     model = lsgm_fast.load(request.model, device=device)
+    if request.precision is not None:
+        model.compile_for_inference(precision=request.precision)
     symbols = model.config.vae.symbols if model.config is not None else ""
     if symbols:
         _sample_text(model, symbols, request, as_json=as_json, quiet=quiet)
@@ -386,6 +397,7 @@ def _sample(request: _Request, *, as_json: bool, quiet: bool) -> None:
         "model": request.model,
         "seed": request.seed,
         "device": device,
+        "precision": request.precision,
         "solver": last_info.solver,
         "nfe": writer.mean_nfe(),
         "nfe_per_batch": [info.nfe for _, info in writer.batches],

@@ -139,6 +139,7 @@ def sample_shards(
     seed: int,
     device: str,
     options: dict[str, Any],
+    precision: str | None = None,
     *,
     as_json: bool,
     quiet: bool,
@@ -150,7 +151,7 @@ def sample_shards(
     where an earlier run was stopped.
 
     Args:
-        options: of ``LSGM.sample``.
+        options: of ``LSGM.sample``. precision: of ``LSGM.compile_for_inference``.
     """
     if folder.suffix and not folder.is_dir():
         raise ValueError(
@@ -168,12 +169,14 @@ def sample_shards(
     model = lsgm_fast.load(source, device=place.device)
     if model.config is not None and model.config.vae.symbols:
         raise ValueError("this model draws text: --shards is for images")
+    if precision is not None:
+        model.compile_for_inference(precision=precision)
     shards = Shards(folder, number, size)
     options = {**options, "batch": _batch_size(options, size)}
     del options["batch_size"]
     # Drops the iterator before its first batch: what it refuses must not be written down.
     model.sample_iter(number, seed=seed, **options).close()
-    shards.open(_describe(model, shards, seed, options, place.device.type))
+    shards.open(_describe(model, shards, seed, options | {"precision": precision}, place.device.type))
     mine = range(rank, len(shards), world)
     shards.sweep(mine, main)
 
