@@ -30,6 +30,10 @@ class FakeModel:
         self.error: BaseException = KeyboardInterrupt()
         self.nfe = [26]
         self.config = None
+        self.precision = None
+
+    def compile_for_inference(self, *, precision):
+        self.precision = precision
 
     def sample(self, n, *, seed=0, batch_size=None, on_batch=None, **options):
         self.calls.append({"n": n, "seed": seed, "batch_size": batch_size, **options})
@@ -151,6 +155,11 @@ def test_sample_passes_every_option_on(model, run):
             "progress": False,
         }
     ]
+
+
+def test_sample_in_a_precision(model, run):
+    result = run("sample", "model.pt", "-n", 2, "--precision", "bf16", "--json")
+    assert model.precision == json.loads(result.out)["precision"] == "bf16"
 
 
 def test_number_has_a_short_name_and_an_alias(model, run):
