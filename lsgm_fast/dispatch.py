@@ -222,6 +222,12 @@ class Op(Generic[P, R]):
         self._check(*args, **kwargs)
         return self._select(args, kwargs, backend).fn  # type: ignore[arg-type]
 
+    def backend_for(self, *args: P.args, **kwargs: P.kwargs) -> str:
+        """The backend that such a call would run; a kernel that ``auto`` has not used yet is tested for it."""
+        backend = kwargs.pop("backend", None)
+        self._check(*args, **kwargs)
+        return self._select(args, kwargs, backend).backend  # type: ignore[arg-type]
+
     def _requested(self, backend: str | None) -> tuple[str, bool]:
         """(backend name or "auto", strict): strict where it must run whether or not the op registers it."""
         if backend is not None:
