@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,6 +25,7 @@ from lsgm_fast.models.ncsnpp import (
     UpLevel,
 )
 from lsgm_fast.nn.layers import InOutLinear
+from lsgm_fast.ops.winograd_conv2d import winograd_weight
 
 
 class _PreparedNCSNpp(NCSNpp):
@@ -91,34 +93,77 @@ class _BoundNorm(GroupNormSwish):
 
 
 class PreparedConv2d(nn.Module):
-    """A convolution for inference: weights in ``dtype``, and where the library packs them, packed once.
+    """A convolution for inference: weights in ``dtype``, and as the fastest algorithm for the shape wants them.
 
     Args:
-        conv: without groups and dilation, and with padding that is a number.
+        conv: without groups and dilation, and with padding that is a number. dtype: of weights and inputs.
+        tile: of Winograd's algorithm, where it may be used.
     """
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, tile: int | None = None) -> None:
         super().__init__()
         self._stride, self._padding = list(conv.stride), list(conv.padding)
-        self._weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
+        self._weight = conv.weight.detach().to(dtype)
         self._bias = None if conv.bias is None else conv.bias.detach().to(dtype)
-        self._packed: tuple[torch.Size, Tensor] | None = None
         self._packs = not self._weight.is_cuda and _packs(dtype)
+        self._packed: tuple[torch.Size, Tensor] | None = None
+        self._winograd: dict[int, Tensor] = {}
+        self._tile = tile
+        self._convolve = Binding(ops.winograd_conv2d)
+        if not self._packs:
+            self._weight = self._weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._packs or x.numel() == 0 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._packs or x.numel() == 0:
             return F.conv2d(x, self._weight, self._bias, self._stride, self._padding)
+        tile = None if self._tile is None else _winograd_tile(x, self._weight.shape[0], self._tile)
+        if tile is not None:
+            if tile not in self._winograd:
+                self._winograd[tile] = winograd_weight(self._weight, tile)
+            return self._convolve(x, self._winograd[tile], self._bias, self._weight.shape[0])
         # Which order of the weights is fastest depends on the shape of x; another one would be put in order every time.
-        if self._packed is None or self._packed[0] != x.shape:
-            self._packed = (
-                x.shape,
-                torch.ops.mkldnn._reorder_convolution_weight(
-                    self._weight, self._padding, self._stride, [1, 1], 1, list(x.shape)
-                ),
+        packed = self._packed
+        if packed is None or packed[0] != x.shape:
+            order = torch.ops.mkldnn._reorder_convolution_weight(
+                self._weight, self._padding, self._stride, [1, 1], 1, list(x.shape)
             )
+            packed = self._packed = x.shape, order
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self._packed[1], self._bias, self._padding, self._stride, [1, 1], 1, "none", [], ""
+            x, packed[1], self._bias, self._padding, self._stride, [1, 1], 1, "none", [], ""
         )
+
+
+# Of the machine's memory, what transformed weights may take.
+_WINOGRAD_SHARE = 1.0 / 3.0
+# Tiles (of all samples) and channels from which Winograd's algorithm was measured to pay: with fewer, reading its larger
+# weights takes longer than the multiplications that it saves.
+_FEWEST_TILES = {4: 8, 2: 4}
+_FEWEST_CHANNELS = 32
+
+
+def _winograd_tile(x: Tensor, filters: int, largest: int) -> int | None:
+    """The tile with which Winograd's algorithm pays for this input, or None."""
+    samples, channels, height, width = x.shape
+    if min(channels, filters) < _FEWEST_CHANNELS:
+        return None
+    for tile, fewest in _FEWEST_TILES.items():
+        if tile <= largest and samples * -(-height // tile) * -(-width // tile) >= fewest:
+            return tile
+    return None
+
+
+def _largest_tile(convs: Sequence[nn.Conv2d], dtype: torch.dtype) -> int | None:
+    """The largest tile whose transformed weights fit into memory; None: there is no kernel, or nothing fits."""
+    x = torch.zeros(1, 1, 1, 1, dtype=dtype, device=convs[0].weight.device)
+    prepared = torch.zeros(16, 1, 1, 32, device=x.device)
+    if dtype is not torch.float32 or ops.winograd_conv2d.backend_for(x, prepared, None, 1) == "reference":
+        return None
+    numbers = sum(conv.weight.numel() // 9 for conv in convs)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for tile in (4, 2):
+        if 4 * numbers * (tile + 2) ** 2 <= _WINOGRAD_SHARE * memory:
+            return tile
+    return None
 
 
 def _time_projections(layers: Sequence[nn.Module]) -> tuple[_PreparedLinear, Iterator[_Columns]]:
@@ -146,12 +191,14 @@ def supported(network: nn.Module) -> bool:
 
 def prepared(network: NCSNpp, dtype: torch.dtype) -> _PreparedNCSNpp:
     """The network, a :func:`supported` one, with prepared modules where there are weights to prepare."""
+    winograd = {m for m in network.modules() if type(m) is nn.Conv2d and m.kernel_size == (3, 3)}
+    tile = _largest_tile(list(winograd), dtype)
     projections, parts = _time_projections([m.time for m in network.modules() if type(m) is ResBlock])
 
     def rebuilt(module: nn.Module) -> nn.Module:
         kind = type(module)
         if kind is nn.Conv2d:
-            return PreparedConv2d(module, dtype)
+            return PreparedConv2d(module, dtype, tile if module in winograd else None)
         if kind is GroupNormSwish:
             norm = _shell(module)
             norm.__class__ = _BoundNorm

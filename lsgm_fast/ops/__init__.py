@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lsgm_fast.ops.se_residual import se_residual
     from lsgm_fast.ops.up_conv2d import up_conv2d
     from lsgm_fast.ops.weight_norm import weight_norm
+    from lsgm_fast.ops.winograd_conv2d import winograd_conv2d
 
 __all__: list[str] = []
 
