@@ -135,8 +135,8 @@ class PreparedConv2d(nn.Module):
 
 # Of the machine's memory, what transformed weights may take.
 _WINOGRAD_SHARE = 1.0 / 3.0
-# Tiles (of all samples) and channels from which Winograd's algorithm was measured to pay: with fewer, reading its larger
-# weights takes longer than the multiplications that it saves.
+# Tiles (of all samples), by their size, and channels from which Winograd's algorithm was measured to pay: with fewer,
+# reading its larger weights takes longer than the multiplications that it saves.
 _FEWEST_TILES = {4: 8, 2: 4}
 _FEWEST_CHANNELS = 32
 
