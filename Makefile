@@ -1,10 +1,12 @@
 # make demo     draw 64 digits into samples.png
 # make test     lint, type checks, tests
+# make bench    a small selection of the benchmarks, in 7 minutes at most once everything is installed
 # Everything is installed into a virtual environment that the first run creates.
 #
 #   PYTHON   the Python that makes the environment (3.10 or newer)
 #   VENV     the environment's folder; an existing environment is used as it is
 #   TORCH    what pip installs where no PyTorch >= 2.11 is there yet: `make demo TORCH=torch` for the newest
+#   FORCE    `make bench FORCE=1` times a busy machine all the same; what it finds is then no result
 #   JOBS     how many files of tests run at a time
 #   PIP_ARGS further arguments of every `pip install`, for example --no-build-isolation without a network
 
@@ -15,6 +17,8 @@ PIP_ARGS ?=
 OUT      ?= samples.png
 JOBS     ?= 2
 PYTEST_ARGS ?=
+FORCE    ?=
+BENCH_ARGS ?=
 
 python := $(VENV)/bin/python
 pip_install = $(python) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -23,12 +27,13 @@ has_torch = -c "import torch, sys; v = tuple(int(x) for x in torch.__version__.s
 # What `pip install` compiles: a change in it installs anew.
 native = CMakeLists.txt $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo     draw 64 handwritten digits into samples.png (creates $(VENV) on the first run)"
 	@echo "make test     ruff, mypy and the tests"
+	@echo "make bench    a small selection of the benchmarks (FORCE=1: on a busy machine too)"
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   rewrite the sources in the project's format"
 	@echo "make clean    remove $(VENV) and everything generated"
@@ -39,6 +44,9 @@ demo: $(VENV)/.lsgm-fast-installed
 
 test: lint
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(python) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+bench: $(VENV)/.lsgm-fast-installed
+	@$(python) -m benchmarks.quick $(if $(FORCE),--force) $(BENCH_ARGS)
 
 lint: $(VENV)/.lsgm-fast-installed-dev
 	$(python) -m ruff check .

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.forward import MEMORY_FORMATS, Benchmark, hooked
+from benchmarks.forward import MEMORY_FORMATS, Benchmark, bytes_once, hooked
 from benchmarks.train import model_of
 from lsgm_fast.dispatch import use_backend
 from lsgm_fast.models import LSGM
@@ -102,18 +102,14 @@ class Decoder:
 
     def floor_bytes(self) -> int:
         """Bytes of the decoder's weights, and of the input and output of every cell that runs."""
-        vae = self.vae
-        parts = (vae.latent_conv, vae.decoder, vae.postprocess, vae.output)
-        weights = [vae.prior_feature, *(p for part in parts for p in part.parameters())]
-        total = sum(p.nbytes for p in weights)
+        return bytes_once(*weights_and_cells(self.vae), lambda: self.run("reference"))
 
-        def count(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            nonlocal total
-            total += args[0].nbytes + output.nbytes
 
-        with hooked([m for m in vae.modules() if isinstance(m, Cell)], count):
-            self.run("reference")
-        return total
+def weights_and_cells(vae: NVAE) -> tuple[list[torch.Tensor], list[nn.Module]]:
+    """The decoder's weights, and the model's cells."""
+    parts = (vae.latent_conv, vae.decoder, vae.postprocess, vae.output)
+    weights: list[torch.Tensor] = [vae.prior_feature, *(p for part in parts for p in part.parameters())]
+    return weights, [m for m in vae.modules() if isinstance(m, Cell)]
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -133,5 +129,7 @@ BENCHMARK = Benchmark(
     kinds=lambda options: [{"bn": bn} for bn in options.bn],
 )
 
+main = BENCHMARK.main
+
 if __name__ == "__main__":
-    sys.exit(BENCHMARK.main())
+    sys.exit(main())

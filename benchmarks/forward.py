@@ -11,13 +11,15 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 from benchmarks.measure import Budget, Figure, MachineBusy, OutOfTime, extrapolated, measured, not_measured
@@ -77,6 +79,27 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def bytes_once(weights: Iterable[torch.Tensor], cells: Iterable[nn.Module], run: Callable[[], object]) -> int:
+    """Bytes of the weights, and of the first input and result of each of the cells that ``run`` calls, once each."""
+    total = sum(w.nbytes for w in weights)
+
+    def count(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+        nonlocal total
+        total += args[0].nbytes + (output if isinstance(output, torch.Tensor) else output[0]).nbytes
+
+    with hooked(list(cells), count):
+        run()
+    return total
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Floating-point operations of what ``run`` calls, by ``torch.utils.flop_counter``, attention included."""
+    # The counter does not know the CPU's fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ and :func:`write_json` writes nothing that fails it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -710,7 +711,24 @@ def write_record(
     }
     check_record(record)
     write_json(folder / machine_name(device) / f"{name}.json", record)
+    for records in _LISTENING:
+        records.append(record)
     return record
+
+
+_LISTENING: list[list[dict[str, Any]]] = []
+
+
+@contextlib.contextmanager
+def written_records() -> Iterator[list[dict[str, Any]]]:
+    """The records that :func:`write_record` writes meanwhile; of one that is written again, every state."""
+    records: list[dict[str, Any]] = []
+    _LISTENING.append(records)
+    try:
+        yield records
+    finally:
+        # By identity: two empty lists are equal.
+        _LISTENING[:] = [other for other in _LISTENING if other is not records]
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ What random weights change
 How the split is made
     ``total``, ``solve`` and ``decode`` come from runs in which nothing is inserted: the device is synchronised before
     the solve, between solve and decode (the library does that itself) and at the end. ``split`` comes from separate
-    runs, in which hooks around the score network synchronise the device and read the host's clock on entering and
+    runs, in which hooks around the evaluations synchronise the device and read the host's clock on entering and
     leaving it: ``score`` is the time inside the network, ``solver`` the rest of the solve (step arithmetic, SDE
     coefficients, mixing, copies between host and device), ``decode`` as before. Synchronising forbids the host to
     run ahead of the device, so ``split.total`` can exceed ``total``; ``split.total_over_unsplit`` says by how much.
@@ -57,6 +57,7 @@ from benchmarks.measure import (
     not_measured,
     quoted,
 )
+from lsgm_fast import dispatch
 from lsgm_fast.errors import unknown_name
 from lsgm_fast.models import LSGM
 from lsgm_fast.presets import PRESETS
@@ -64,6 +65,8 @@ from lsgm_fast.presets import PRESETS
 FIXED_TOL = 1e6
 SOLVERS = ("scipy", "rk45")
 PRECISIONS = {"fp32": None, "fp16-autocast": torch.float16, "bf16-autocast": torch.bfloat16}
+# What a plan computes in at these precisions; plain PyTorch enters autocast.
+PLANNED = {"fp32": None, "fp16-autocast": "fp16", "bf16-autocast": "bf16"}
 
 # The figures of the paper's project page; of the recipes for which it gives none, nothing is extrapolated.
 PAGE = "project page of arXiv:2106.05931 (quantitative CelebA-HQ-256 and CIFAR-10 models)"
@@ -77,15 +80,24 @@ SMALLEST_STD = 1e-6
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed; ``solver`` one of :data:`SOLVERS`, ``precision`` one of :data:`PRECISIONS`."""
+    """What is timed.
+
+    ``solver``: as for :meth:`LSGM.sample`; this program has those of :data:`SOLVERS`. ``precision``: one of
+    :data:`PRECISIONS`. ``backend``: as for :func:`lsgm_fast.use_backend`; None: what the environment says.
+    ``evaluations``: a budget in place of a tolerance.
+    """
 
     preset: str
     batch: int
     solver: str
     precision: str
+    backend: str | None = None
+    evaluations: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.preset} batch {self.batch} {self.solver} {self.precision}"
+        budget = None if self.evaluations is None else f"{self.evaluations} evaluations"
+        named = (self.preset, f"batch {self.batch}", self.solver, budget, self.precision, self.backend)
+        return " ".join(filter(None, named))
 
 
 @dataclass(frozen=True)
@@ -129,39 +141,37 @@ def enliven(model: nn.Module, seed: int = 0) -> int:
 
 
 class ScoreClock:
-    """Seconds spent in the score network, measured from synchronisation to synchronisation, while entered."""
+    """Seconds spent in evaluations of the network, from synchronisation to synchronisation, while entered."""
 
-    def __init__(self, network: nn.Module, device: str) -> None:
-        self._network = network
+    def __init__(self, model: LSGM, device: str) -> None:
+        self._model = model
         self._device = device
-        self._entered = 0.0
         self.seconds = 0.0
         self.calls = 0
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        measure.synchronize(self._device)
-        self._entered = time.perf_counter()
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        measure.synchronize(self._device)
-        self.seconds += time.perf_counter() - self._entered
-        self.calls += 1
-
     def __enter__(self) -> ScoreClock:
-        self._hooks = [
-            self._network.register_forward_pre_hook(self._before),
-            self._network.register_forward_hook(self._after),
-        ]
+        inner = self._model._predict
+
+        def predict(*args: Any, **kwargs: Any) -> torch.Tensor:
+            measure.synchronize(self._device)
+            entered = time.perf_counter()
+            output = inner(*args, **kwargs)
+            measure.synchronize(self._device)
+            self.seconds += time.perf_counter() - entered
+            self.calls += 1
+            return output
+
+        vars(self._model)["_predict"] = predict
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        del vars(self._model)["_predict"]
 
 
-def _autocast(device: str, precision: str) -> contextlib.AbstractContextManager[object]:
+def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[object]:
+    """What surrounds evaluations and decoding of plain PyTorch at one of :data:`PRECISIONS`; a plan has its own."""
     dtype = PRECISIONS[precision]
-    if dtype is None:
+    if dtype is None or dispatch.choice()[0] != "reference":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=dtype)
 
@@ -169,11 +179,11 @@ def _autocast(device: str, precision: str) -> contextlib.AbstractContextManager[
 @contextlib.contextmanager
 def _evaluations(model: LSGM, device: str, precision: str, budget: Budget) -> Iterator[None]:
     """Run every evaluation of the network in its own autocast, and stop the solve where the budget ends."""
-    inner = model._predict
+    inner, before = model._predict, vars(model).get("_predict")
 
     def predict(*args: Any, **kwargs: Any) -> torch.Tensor:
         budget.check()
-        with _autocast(device, precision):
+        with autocast(device, precision):
             return inner(*args, **kwargs)
 
     vars(model)["_predict"] = predict
@@ -181,6 +191,8 @@ def _evaluations(model: LSGM, device: str, precision: str, budget: Budget) -> It
         yield
     finally:
         del vars(model)["_predict"]
+        if before is not None:
+            vars(model)["_predict"] = before
 
 
 class Sampler:
@@ -194,21 +206,29 @@ class Sampler:
             for shape in (model.latent_shape, *model.lower_shapes)
         )
 
+    def set_precision(self) -> None:
+        """Let the model prepare its networks in the case's precision, where the last case had another."""
+        wanted = PLANNED[self.case.precision]
+        if self.model._plan.settings.precision != wanted:
+            self.model.compile_for_inference(precision=wanted)
+
     def __call__(self, tol: float, clock: ScoreClock | None = None) -> Run:
-        """Sample and decode, timed."""
+        """Sample and decode, timed; to the tolerance, unless the case has a budget of evaluations."""
+        case = self.case
+        goal: dict[str, Any] = {"tol": tol} if case.evaluations is None else {"evaluations": case.evaluations}
+        self.set_precision()
         measure.synchronize(self.device)
         before = 0.0 if clock is None else clock.seconds
         with (
-            _evaluations(self.model, self.device, self.case.precision, self.budget),
+            _evaluations(self.model, self.device, case.precision, self.budget),
+            contextlib.nullcontext() if case.backend is None else lsgm_fast.use_backend(case.backend),
             lsgm_fast.record() as log,
         ):
             started = time.perf_counter()
-            z, info = self.model.sample_latents(
-                self.case.batch, noise=self.noise, solver=self.case.solver, tol=tol
-            )
+            z, info = self.model.sample_latents(case.batch, noise=self.noise, solver=case.solver, **goal)
             measure.synchronize(self.device)
             solved = time.perf_counter()
-            with _autocast(self.device, self.case.precision):
+            with autocast(self.device, case.precision):
                 self.model.decode(z, lower_noise=self.lower)
             measure.synchronize(self.device)
             decoded = time.perf_counter()
@@ -253,10 +273,8 @@ def time_sampling(
         "per_evaluation": measured([r.solve / r.nfe for r in runs], "s/evaluation"),
         "peak_memory": _peak_memory(device),
     }
-    network = sampler.model.prior
-    assert network is not None  # every preset has one
     try:
-        with ScoreClock(network, device) as clock:
+        with ScoreClock(sampler.model, device) as clock:
             split = measure.repeat(
                 lambda: sampler(tol, clock),
                 warmup=0,
@@ -338,6 +356,14 @@ class Session:
             "figures": figures,
         }
 
+    def settings(self) -> dict[str, Any]:
+        """What the record says under ``settings`` beside :func:`settings`."""
+        return {}
+
+    def table(self) -> str:
+        """The records as text."""
+        return table(self.records)
+
     @property
     def failed(self) -> bool:
         """Whether any measurement raised an error."""
@@ -349,9 +375,9 @@ class Session:
         for case, record in zip(self.cases, self.records, strict=True):
             for group in ("fixed", "solved"):
                 figures = record["figures"][group]
-                if _lacks_time(figures):
+                if lacks_time(figures):
                     found.append(f"{case} ({group})")
-                elif _lacks_time(figures.get("split", {})):
+                elif lacks_time(figures.get("split", {})):
                     found.append(f"{case} ({group}: split)")
         return found
 
@@ -389,27 +415,36 @@ class Session:
             )
         self.save()
 
-    def time_preset(self, preset: str, share: float) -> None:
-        """Time all cases of one preset in about ``share`` seconds: first ``fixed`` for all, then ``solved``."""
-        started = time.perf_counter()
-        todo = [
+    def _todo(self, preset: str) -> list[tuple[Case, dict[str, Any]]]:
+        """The cases of one preset that this device can run, with their records."""
+        return [
             (case, record)
             for case, record in zip(self.cases, self.records, strict=True)
             if case.preset == preset and unsupported(case, self.device) is None
         ]
-        if not todo or self.plan.budget.remaining() <= 0:
-            return
+
+    def _build(self, preset: str) -> LSGM:
+        """The model with random weights, in which every layer has a say."""
         print(f"{preset}: building", flush=True)
         torch.manual_seed(0)
         model = lsgm_fast.build(preset, self.device)
         enliven(model)
+        return model
+
+    def time_preset(self, preset: str, share: float) -> None:
+        """Time all cases of one preset in about ``share`` seconds: first ``fixed`` for all, then ``solved``."""
+        started = time.perf_counter()
+        todo = self._todo(preset)
+        if not todo or self.plan.budget.remaining() <= 0:
+            return
+        model = self._build(preset)
         groups = ("fixed", "solved") if self.plan.solved else ("fixed",)
         waiting = len(todo) * len(groups)
         for group in groups:
             for case, record in todo:
                 if group == "solved" and record["failures"]:
                     record["figures"][group] = not_measured(f"not tried: {record['failures'][0]}")
-                elif group == "fixed" or not _lacks_time(record["figures"]["fixed"]):
+                elif group == "fixed" or not lacks_time(record["figures"]["fixed"]):
                     seconds = max(share - (time.perf_counter() - started), 0.0) / waiting
                     sampler = Sampler(model, case, self.device, self.plan.budget)
                     self._measure(record, group, sampler, seconds)
@@ -425,7 +460,8 @@ class Session:
             torch.cuda.empty_cache()
 
 
-def _lacks_time(figures: dict[str, Any]) -> bool:
+def lacks_time(figures: dict[str, Any]) -> bool:
+    """Whether a group is missing because the budget ended."""
     reason = figures.get("reason", "")
     return figures.get("kind") == "not_measured" and (
         reason == NOT_REACHED or reason.startswith(measure.OUT_OF_TIME)
@@ -492,10 +528,11 @@ def benchmark(
     dry_run: bool = False,
     stated_commit: str | None = None,
     sample_seconds: float = 2.0,
+    make: type[Session] = Session,
 ) -> tuple[dict[str, Any], bool]:
     """Time the cases, write ``<out>/<machine>/<name>.json``, and return the record and whether all went well.
 
-    The file is rewritten after every measurement, so an interrupted run keeps what it has.
+    The file is rewritten after every measurement, so an interrupted run keeps what it has. ``make``: what times them.
 
     Raises:
         MachineBusy: others use the machine and ``force`` is false; nothing is written.
@@ -514,18 +551,18 @@ def benchmark(
             dry_run=dry_run,
             machine=watch.entries(sample_seconds if finished else 0.05),
             environment=described,
-            settings=settings(),
+            settings=settings() | session.settings(),
             cases=session.records,
             left_out=session.left_out(),
             date=date,
         )
 
-    session = Session(cases, device, plan, save)
+    session = make(cases, device, plan, save)
     presets = list(dict.fromkeys(case.preset for case in cases))
     for index, preset in enumerate(presets):
         session.time_preset(preset, max(plan.budget.remaining(), 0.0) / (len(presets) - index))
     record = save(finished=True)
-    print(table(session.records))
+    print(session.table())
     if record["left_out"]:
         print(f"left out ({len(record['left_out'])}): " + "; ".join(record["left_out"]))
     if not record["idle"]:

@@ -4,9 +4,10 @@
     python -m benchmarks.score --presets cifar10-fid --batch 64 --memory-format channels_last --device cuda
     python -m benchmarks.score --presets digits --no-compile
 
-Timed is the network alone, ``eps_theta(z, t)`` in float32 without gradients, with random weights, latents and times
-(seed 0). Contenders, the order of their turns, ``processor_seconds`` and the check of every contender are as in
-:mod:`benchmarks.decode`; compared is ``noise``, the network's output.
+Timed is the network alone, ``eps_theta(z, t)`` in float32 without gradients, with random weights and latents, and one
+random time for the whole batch, as a solver has it (seed 0). Contenders, the order of their turns,
+``processor_seconds`` and the check of every contender are as in :mod:`benchmarks.decode`, but ``auto`` is what sampling
+runs: the network prepared by :mod:`lsgm_fast.engine.plan`. Compared is ``noise``, the network's output.
 
 ``byte_floor`` holds the bytes of the network's weights and of the inputs and outputs of its residual blocks and
 attention, each once, the bandwidth of a copy, and the one over the other.
@@ -15,15 +16,16 @@ attention, each once, the bandwidth of a copy, and the one over the other.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.forward import MEMORY_FORMATS, Benchmark, hooked
+from benchmarks.forward import MEMORY_FORMATS, Benchmark, bytes_once
 from benchmarks.train import model_of
 from lsgm_fast.dispatch import use_backend
+from lsgm_fast.engine.plan import Plan
 from lsgm_fast.models.ncsnpp import ZERO_INIT, Attention, NCSNpp, ResBlock
 
 
@@ -58,16 +60,19 @@ class Evaluation:
         self.network: NCSNpp = network.to(device=case.device, memory_format=memory_format)  # type: ignore[call-overload]
         self.z = torch.randn(case.batch, config.latent_channels, config.latent_size, config.latent_size)
         self.z = self.z.to(case.device)
-        self.t = torch.rand(case.batch).to(case.device)
+        self.t = torch.rand(1).to(case.device).expand(case.batch)
+        self.planned = Plan().score(self.network)
         self.compiled = torch.compile(self.network, dynamic=False) if case.compile else None
 
     @torch.no_grad()
     def run(self, contender: str) -> torch.Tensor:
         """The predicted noise."""
-        network = self.compiled if contender == "compile" else self.network
-        assert network is not None
+        run: Callable[..., torch.Tensor] | None = self.network
+        if contender != "reference":
+            run = self.planned if contender == "auto" else self.compiled
+        assert run is not None
         with use_backend("auto" if contender == "auto" else "reference"):
-            return network(self.z, self.t)
+            return run(self.z, self.t)
 
     def outputs(self, contender: str) -> dict[str, torch.Tensor]:
         """``noise``."""
@@ -75,15 +80,12 @@ class Evaluation:
 
     def floor_bytes(self) -> int:
         """Bytes of the weights, and of the input and output of every residual block and attention."""
-        total = sum(p.nbytes for p in self.network.parameters())
+        return bytes_once(*weights_and_cells(self.network), lambda: self.run("reference"))
 
-        def count(module: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
-            nonlocal total
-            total += args[0].nbytes + output[0].nbytes
 
-        with hooked([m for m in self.network.modules() if isinstance(m, (Attention, ResBlock))], count):
-            self.run("reference")
-        return total
+def weights_and_cells(network: NCSNpp) -> tuple[list[torch.Tensor], list[nn.Module]]:
+    """The network's weights, and its residual blocks and attention."""
+    return list(network.parameters()), [m for m in network.modules() if isinstance(m, (Attention, ResBlock))]
 
 
 BENCHMARK = Benchmark(
@@ -98,5 +100,7 @@ BENCHMARK = Benchmark(
     kinds=lambda options: [{}],
 )
 
+main = BENCHMARK.main
+
 if __name__ == "__main__":
-    sys.exit(BENCHMARK.main())
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """pytest-benchmark wrappers of a few shapes: ``python -m pytest benchmarks/test_ops.py``.
 
-For figures to publish use ``lsgm-fast bench ops``, which interleaves, rotates buffers and looks at the machine.
+A twentieth of a second each. For figures to publish use ``lsgm-fast bench ops``, which interleaves, rotates buffers and
+looks at the machine.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from lsgm_fast import ops, testing
 from lsgm_fast.dispatch import REGISTRY
 
 pytest.importorskip("pytest_benchmark")
+pytestmark = pytest.mark.benchmark(max_time=0.05, min_rounds=3)
 
 FUSED = [(name, b) for name, op in sorted(REGISTRY.items()) if len(op.backends()) > 1 for b in op.backends()]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,8 +38,6 @@ def test_operation(benchmark, name, backend, batch, mode):
             benchmark(_waiting(lambda: op(*sample.args, backend=backend, **sample.kwargs)))
     else:
         testing.check_backward(name, backend, sample)
-        results = testing.gradients(op, sample.args, {**sample.kwargs, "backend": backend}, (), [None])
-        assert results == []
         with torch.no_grad():
             outputs = testing.Sample("", (op(*sample.args, backend=backend, **sample.kwargs),)).tensors()
         grads = [torch.ones_like(o) for o in outputs]

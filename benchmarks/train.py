@@ -1,9 +1,9 @@
 """What one training step costs: images per second, where the time goes, and peak memory.
 
-    python -m benchmarks.train                                   digits and mnist, batch 8, every kind of step
+    python -m benchmarks.train                                   digits and mnist, both stages, plain and with kernels
     python -m benchmarks.train --recipe cifar10-fid --steps algorithm3 --batch 32 --precision bf16 --device cuda
     python -m benchmarks.train --recipe mnist --recompute        the same with less memory
-    python -m benchmarks.train --backends reference auto         every case with either, and the ratios
+    python -m benchmarks.train --recipe digits --steps vae algorithm1 algorithm2 algorithm3 frozen --backends auto
 
 Timed is the trainer's own step: the batch (random pixels, so no data set is needed), all random draws, forward and
 backward pass, the checks for NaN, regularisation, clipping, optimizers and the average of the weights; no log, no
@@ -15,8 +15,8 @@ that of CUDA's allocator on a GPU. On a CPU it is the largest resident size minu
 both cases it holds weights, optimizer states and gradients as well, and is that of the steps behind the first one, in
 which kernels may test themselves. On a CPU some MiB of such a test stay: to compare backends, run the command twice.
 
-With several ``--backends`` every case runs once with each, and ``over_first`` has the ratios of the medians of ``step``
-and ``peak_memory`` to those of the first.
+With several ``--backends`` (by default plain PyTorch and the dispatcher's choice) every case runs once with each, and
+``over_first`` has the ratios of the medians of ``step`` and ``peak_memory`` to those of the first.
 
 ``split`` comes from steps of its own that wait for the device after every part: ``forward`` is the objective's,
 ``backward`` lasts until the gradients are complete (with the check of the loss), ``optimizer`` is unscaling, norms,
@@ -61,6 +61,8 @@ OBJECTIVES = {
 }
 MODELS = (*RECIPES, *(name for name in PRESETS if name not in RECIPES))
 STEPS = ("vae", *OBJECTIVES)
+DEFAULT_STEPS = ("vae", "algorithm1")  # one of either stage
+DEFAULT_BACKENDS = ("reference", "auto")
 PARTS = ("forward", "backward", "optimizer", "rest")
 COMPARED = ("step", "peak_memory")
 FIGURES = ("step", "images_per_second", "split", "peak_memory")
@@ -381,7 +383,11 @@ def parser() -> argparse.ArgumentParser:
         "--recipe", nargs="+", default=["digits", "mnist"], metavar="NAME", help="recipes or presets"
     )
     found.add_argument(
-        "--steps", nargs="+", default=list(STEPS), metavar="KIND", help=f"default: {' '.join(STEPS)}"
+        "--steps",
+        nargs="+",
+        default=list(DEFAULT_STEPS),
+        metavar="KIND",
+        help=f"of {' '.join(STEPS)}; default: {' '.join(DEFAULT_STEPS)}",
     )
     found.add_argument("--batch", type=int, default=8)
     found.add_argument("--precision", default="fp32", help=" or ".join(PRECISIONS))
@@ -392,9 +398,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--backends",
         nargs="+",
-        default=[None],
+        default=list(DEFAULT_BACKENDS),
         metavar="SPEC",
-        help="as in LSGM_FAST_BACKEND, to compare with the first; default: that variable's, or auto",
+        help=f"as in LSGM_FAST_BACKEND, to compare with the first; default: {' '.join(DEFAULT_BACKENDS)}",
     )
     measure.add_options(found, "train")
     return found

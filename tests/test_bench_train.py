@@ -55,7 +55,7 @@ def case(step: str = "vae", **changes: Any) -> train.Case:
 
 def test_record_of_a_tiny_preset(tmp_path: Path, idle: None, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--recipe", "tiny-binary", "--steps", "algorithm2", "--batch", "2", "--repeats", "3", "3"]
-    arguments += ["--budget", "120", "--recompute", "--channels-last", "--dry-run"]
+    arguments += ["--backends", "auto", "--budget", "120", "--recompute", "--channels-last", "--dry-run"]
     assert train.main([*arguments, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/train.json")
     record = json.loads(path.read_text())
@@ -66,7 +66,7 @@ def test_record_of_a_tiny_preset(tmp_path: Path, idle: None, capsys: pytest.Capt
     (entry,) = record["cases"]
     parameters, figures = entry["parameters"], entry["figures"]
     trained = parameters.pop("trained_weights")
-    assert train.Case(**parameters) == case("algorithm2", recompute=True, channels_last=True)
+    assert train.Case(**parameters) == case("algorithm2", recompute=True, channels_last=True, backend="auto")
     assert not entry["failures"] and set(figures) == set(train.FIGURES)
     assert len(figures["step"]["values"]) == 3 and figures["step"]["unit"] == "s"
     assert figures["images_per_second"]["values"] == pytest.approx([2 / t for t in figures["step"]["values"]])
@@ -277,7 +277,13 @@ def test_without_time_there_are_no_figures(tmp_path: Path, idle: None) -> None:
     (path,) = tmp_path.glob("*/train.json")
     record = json.loads(path.read_text())
     assert record["complete"] is False and record["cases"] == []
-    assert record["left_out"] == [f"{name} {step}" for name in arguments[1:3] for step in train.STEPS]
+    # One kind of step of either stage, plain and with the kernels.
+    assert record["left_out"] == [
+        f"{name} {step} {backend}"
+        for name in arguments[1:3]
+        for step in ("vae", "algorithm1")
+        for backend in ("reference", "auto")
+    ]
 
 
 def test_a_busy_machine_is_not_timed(
@@ -311,6 +317,7 @@ def test_record_on_a_gpu(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     arguments = ["--recipe", "tiny-rgb", "--steps", "algorithm1", "--batch", "2", "--device", "cuda"]
+    arguments += ["--backends", "auto"]
     assert train.main([*arguments, "--force", "--dry-run", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/train.json")
     (entry,) = json.loads(path.read_text())["cases"]

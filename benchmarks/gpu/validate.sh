@@ -17,6 +17,7 @@ parts (default: all)
   solver                   whole solves with a network that costs nothing: the solver's own arithmetic
   decode                   latents to images: eager, torch.compile and the kernels, beside the floor of bytes
   score                    an evaluation of the score network, likewise
+  paper                    every published configuration by part and way, beside its floor
   time-small               mnist, omniglot
   time-cifar               cifar10-fid (cifar10-balanced has the same networks)
   time-cifar-nll           cifar10-nll
@@ -45,7 +46,7 @@ die() {
   exit 2
 }
 
-all_parts=(env build tests kernels ops solver decode score time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
+all_parts=(env build tests kernels ops solver decode score paper time-small time-cifar time-cifar-nll time-celeba time-celeba-stage2 time-celeba-qualitative)
 parts=()
 budget=420
 dry_run=0
@@ -53,14 +54,15 @@ timing=()
 ops=()
 solver=()
 forward=()
+paper=()
 common=()
 
 while (($#)); do
   case $1 in
     --budget) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "--budget expects seconds, got '${2:-}'"; budget=$2; shift ;;
     --dry-run) dry_run=1 ;;
-    --force) timing+=(--force); ops+=(--force); solver+=(--force); forward+=(--force) ;;
-    --no-solved) timing+=(--no-solved) ;;
+    --force) timing+=(--force); ops+=(--force); solver+=(--force); forward+=(--force); paper+=(--force) ;;
+    --no-solved) timing+=(--no-solved); paper+=(--no-solved) ;;
     --commit) [[ -n ${2:-} ]] || die "--commit expects a commit"; common+=(--commit "$2"); shift ;;
     -h | --help) usage; exit 0 ;;
     -*) die "unknown option '$1' (see --help)" ;;
@@ -99,6 +101,7 @@ if ((dry_run)); then
   ops+=(--quick --rounds 3 --force)
   solver+=(--force --batch 2 --rounds 2)
   forward+=(--force --batch 2 --repeats 3 3)
+  paper+=(--force --batch 2)
 else
   common+=(--device cuda)
 fi
@@ -106,7 +109,7 @@ fi
 presets_of() {
   if ((dry_run)); then
     case $1 in
-      time-small | decode | score) echo tiny-binary ;;
+      time-small | decode | score | paper) echo tiny-binary ;;
       solver) echo tiny-rgb ;;
       time-cifar*) echo tiny-rgb ;;
       time-celeba*) echo tiny-multiscale ;;
@@ -118,6 +121,8 @@ presets_of() {
     solver) echo mnist cifar10-fid cifar10-nll celebahq256-quantitative celebahq256-qualitative ;;
     decode) echo mnist cifar10-nll celebahq256-quantitative ;;
     score) echo mnist cifar10-fid celebahq256-quantitative ;;
+    # The two with a published number of evaluations first.
+    paper) echo celebahq256-quantitative cifar10-fid mnist omniglot cifar10-nll celebahq256-qualitative-stage2 celebahq256-qualitative ;;
     time-cifar) echo cifar10-fid ;;
     time-cifar-nll) echo cifar10-nll ;;
     time-celeba) echo celebahq256-quantitative ;;
@@ -150,6 +155,11 @@ run_part() {
       read -ra presets <<<"$(presets_of "$1")"
       limited "$python" -m "benchmarks.$1" --presets "${presets[@]}" --budget "$budget" \
         ${forward[@]+"${forward[@]}"} "${common[@]}"
+      ;;
+    paper)
+      read -ra presets <<<"$(presets_of "$1")"
+      limited "$python" -m benchmarks.paper --presets "${presets[@]}" --budget "$budget" \
+        ${paper[@]+"${paper[@]}"} "${common[@]}"
       ;;
     kernels) limited "$python" -m benchmarks.kernels "${common[@]}" --budget "$budget" ;;
     time-*)

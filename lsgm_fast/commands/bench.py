@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lsgm_fast.commands import bench_programs
 from lsgm_fast.commands.common import Device, Json, Quiet, pick_device
 
 bench_app = typer.Typer(rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
@@ -111,3 +112,6 @@ def bench_ops(
         program.show(record)
     if not ok:
         raise typer.Exit(1)
+
+
+bench_programs.register(bench_app)

@@ -176,9 +176,12 @@ class LSGM(nn.Module):
         return self.prior
 
     @trace.spanned("evaluation", trace.evaluation)
-    def _predict(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The network's output, in its own dtype whatever that of the state."""
-        return self._network()(z.to(self.dtype), t.to(self.dtype).to(z.device))
+    def _predict(
+        self, z: torch.Tensor, t: torch.Tensor, *, run: Callable[..., torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The network's output, in its own dtype whatever that of the state; ``run``: what computes it."""
+        run = self._network() if run is None else run
+        return run(z.to(self.dtype), t.to(self.dtype).to(z.device))
 
     def predict_noise(self, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Mixed noise prediction ``(1 - a) r z + a eps_theta(z, t)`` for t of shape (B,) or 0-d."""
@@ -198,12 +201,7 @@ class LSGM(nn.Module):
 
     def _sampling_term(self, sde: SDE | None = None) -> ScoreTerm:
         """What a sampler integrates, on the plan's network."""
-        run = self._plan.score(self._network())
-
-        @trace.spanned("evaluation", trace.evaluation)
-        def predict(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return run(z.to(self.dtype), t.to(self.dtype).to(z.device))
-
+        predict = functools.partial(self._predict, run=self._plan.score(self._network()))
         return ScoreTerm(predict, sde or self.sde, self.mixing_logit)
 
     # -- sampling -----------------------------------------------------------------------------------------------
