@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -534,6 +535,28 @@ def write_cases(
     )
     said = "" if written["idle"] else "NOT IDLE: " + "; ".join(written["not_idle_because"])
     return (1 if any(entry["failures"] for entry in entries) else 0), said
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def largest_resident_bytes() -> int:
+    """The largest resident size since the last :func:`forget_largest`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
+
+
+def forget_largest() -> None:
+    """Set the largest resident size to the present one, where the kernel allows it (see ``man 5 proc``)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 # -- a process of its own --------------------------------------------------------------------------------------------

@@ -28,12 +28,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,35 +198,17 @@ def seconds(trainer: Trainer, stream: Iterator[Batch]) -> float:
     return time.perf_counter() - start
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _largest_resident_bytes() -> int:
-    """The largest resident size since the last :func:`_forget_largest`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux
-
-
-def _forget_largest() -> None:
-    """Set the largest resident size to the present one, where the kernel allows it (see ``man 5 proc``)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def _forget_peak(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        _forget_largest()
+        measure.forget_largest()
 
 
 def _peak_memory(device: str, before: int, largest_before: int) -> measure.Figure:
     if device.startswith("cuda"):
         return measured([torch.cuda.max_memory_allocated(device)], "bytes")
-    largest = _largest_resident_bytes()
+    largest = measure.largest_resident_bytes()
     if largest <= largest_before:
         return not_measured("the steps stayed below what loading the libraries had taken")
     return measured([largest - before], "bytes")
@@ -248,8 +228,8 @@ def run_case(
     images = folder / "images.npz"
     random_images(case, images)
     config = configuration(case, images)
-    _forget_largest()
-    before, largest = _resident_bytes(), _largest_resident_bytes()
+    measure.forget_largest()
+    before, largest = measure.resident_bytes(), measure.largest_resident_bytes()
     trainer = Trainer(config, folder / "run", device=case.device, progress=False)
     trainer._train_mode()
     stream = batches(trainer.source, config.data, batch_size=case.batch, seed=config.seed)

@@ -161,11 +161,11 @@ def _resets_the_largest() -> bool:
     must differ from the other by half a block, not by noise.
     """
     size = 2**28
-    present = train._resident_bytes()
+    present = measure.resident_bytes()
     _take_and_give_back(size)
-    kept = train._largest_resident_bytes() - present > size // 2
-    train._forget_largest()
-    return kept and train._largest_resident_bytes() - present < size // 2
+    kept = measure.largest_resident_bytes() - present > size // 2
+    measure.forget_largest()
+    return kept and measure.largest_resident_bytes() - present < size // 2
 
 
 def test_the_peak_of_memory_is_that_of_the_steps() -> None:
@@ -173,8 +173,8 @@ def test_the_peak_of_memory_is_that_of_the_steps() -> None:
     if not _resets_the_largest():
         pytest.skip("this kernel does not keep and reset the largest resident size")
     _take_and_give_back(2**28)
-    train._forget_largest()
-    before, largest = train._resident_bytes(), train._largest_resident_bytes()
+    measure.forget_largest()
+    before, largest = measure.resident_bytes(), measure.largest_resident_bytes()
     _take_and_give_back(2**26)
     figure = train._peak_memory("cpu", before, largest)
     assert figure["kind"] == "measured"
@@ -182,12 +182,12 @@ def test_the_peak_of_memory_is_that_of_the_steps() -> None:
 
 
 def test_a_peak_that_cannot_be_told_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_largest_resident_bytes", lambda: 1000)
+    monkeypatch.setattr(measure, "largest_resident_bytes", lambda: 1000)
     assert train._peak_memory("cpu", 500, 1000)["kind"] == "not_measured"
     assert train._peak_memory("cpu", 500, 999)["values"] == [500.0]
     missing = Path("/proc/self/nothing/clear_refs")
     monkeypatch.setattr(train, "Path", lambda name: missing)
-    train._forget_largest()  # a kernel that refuses
+    measure.forget_largest()  # a kernel that refuses
 
 
 class Clock:
