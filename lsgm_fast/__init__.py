@@ -39,6 +39,7 @@ _EXPORTS = {
     "build_sde": "lsgm_fast.sde",
     "convert": "lsgm_fast.checkpoints",
     "explain": "lsgm_fast.dispatch",
+    "export": "lsgm_fast.engine.export",
     "load": "lsgm_fast.checkpoints",
     "record": "lsgm_fast.dispatch",
     "set_backend": "lsgm_fast.dispatch",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from lsgm_fast.dispatch import explain, record, set_backend, use_backend
     from lsgm_fast.engine.accelerate import accelerate
     from lsgm_fast.engine.diffusion import accelerate_diffusion
+    from lsgm_fast.engine.export import export
     from lsgm_fast.errors import BackendUnsupported, CheckpointError, NonFiniteError
     from lsgm_fast.models import LSGM, NVAE, NCSNpp
     from lsgm_fast.sde import build_sde

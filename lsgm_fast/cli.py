@@ -1,4 +1,4 @@
-"""The command ``lsgm-fast``: demo, sample, convert, tune, evaluate, info, bench, profile.
+"""The command ``lsgm-fast``: demo, sample, convert, export, tune, evaluate, info, bench, profile.
 
 Conventions: results on standard output, progress, notes and errors on standard error; ``--json`` prints one JSON object
 to standard output and nothing else there. Exit codes: 0 done; 1 a computation failed (NaN, out of memory);
@@ -15,7 +15,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from lsgm_fast.commands import bench, evaluation, profiling, records, sampling, training
+from lsgm_fast.commands import bench, evaluation, exporting, profiling, records, sampling, training
 from lsgm_fast.commands.common import Json, describe
 
 # torch and everything that needs it are imported inside the commands: `--help` answers at once.
@@ -62,6 +62,7 @@ app.command("train-vae")(training.train_vae)
 app.command()(training.train)
 app.command()(evaluation.evaluate)
 app.command()(sampling.convert)
+app.command()(exporting.export)
 app.command()(sampling.tune)
 records.register(bench.bench_app)
 app.add_typer(bench.bench_app, name="bench")

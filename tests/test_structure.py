@@ -90,6 +90,7 @@ PUBLIC = [
     "build_sde",
     "convert",
     "explain",
+    "export",
     "load",
     "presets",
     "record",
