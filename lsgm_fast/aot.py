@@ -34,9 +34,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lsgm_fast import env, files
 
@@ -110,8 +110,22 @@ class Report:
     missing: str | None = None
 
 
-def report(language: str) -> Report:
+class Part(NamedTuple):
+    """What is compiled, and cached, at a time: an operation's kernels for one target.
+
+    ``few``: of every Triton kernel only the first case of its list ``AOT``.
+    """
+
+    op: str
+    target: int
+    few: bool = False
+
+
+def report(language: str, *, brief: bool = False) -> Report:
     """Compile every kernel of ``language`` ("triton" or "cuda") for every target, or take it from the cache.
+
+    ``brief`` takes half the time: everything is compiled for the last target alone; for the others, one case of every
+    Triton kernel, which shows that nothing in it is for the last target only.
 
     Raises:
         RuntimeError: a kernel does not compile, or a Triton kernel is in no ``AOT`` list.
@@ -123,26 +137,66 @@ def report(language: str) -> Report:
     reason = missing()
     if reason is not None:
         return Report(language, "", (), reason)
+    *others, last = TARGETS
+    if brief and language == "cuda":
+        others = []  # nvcc compiles a whole source
     version = compiler()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda op: _cached(language, op, version, sources(op), build), ops())
-        return Report(language, version, tuple(kernel for kernels in found for kernel in kernels))
+    # The last target first: it has all kernels, in their order.
+    parts = [Part(op, last) for op in ops()] + [Part(op, target, brief) for target in others for op in ops()]
+    found = _cached(language, parts, version, sources, build)
+    return Report(language, version, tuple(_merged(kernel for part in parts for kernel in found[part])))
+
+
+def _merged(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """One entry for each kernel, with what it uses on all targets; by operation, in the order of its kernels."""
+    merged: dict[tuple[str, str, str], Kernel] = {}
+    for kernel in kernels:
+        key = kernel.op, kernel.name, kernel.case
+        resources = merged[key].resources if key in merged else {}
+        if set(resources) & set(kernel.resources):
+            raise RuntimeError(f"two kernels of {kernel.op} are called {kernel.name} ({kernel.case})")
+        both = {**resources, **kernel.resources}
+        merged[key] = replace(kernel, resources=dict(sorted(both.items())))
+    return list(merged.values())
 
 
 def _cached(
-    language: str, op: str, version: str, sources: Sequence[Path], build: Callable[[str], list[Kernel]]
-) -> list[Kernel]:
-    digest = hashlib.sha256(repr((version, TARGETS, NVCC_FLAGS)).encode())
-    for path in [Path(__file__), *sources]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    path = env.cache_dir() / "aot" / f"{language}-{op}-{digest.hexdigest()[:20]}.json"
-    # A file that cannot be read, or written below, is as good as none: the cache saves time and decides nothing.
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return [_from_json(entry) for entry in json.loads(path.read_text())]
-    kernels = build(op)
-    with contextlib.suppress(OSError), files.atomic_path(path, make_folders=True) as temporary:
-        temporary.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
-    return kernels
+    language: str,
+    parts: Sequence[Part],
+    version: str,
+    sources: Callable[[str], Sequence[Path]],
+    build: Callable[[Sequence[Part]], list[list[Kernel]]],
+) -> dict[Part, list[Kernel]]:
+    places = {}
+    found = {}
+    for part in parts:
+        digest = hashlib.sha256(repr((version, NVCC_FLAGS)).encode())
+        for path in [Path(__file__), *sources(part.op)]:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        name = f"{language}-{part.op}-sm_{part.target}{'-few' if part.few else ''}"
+        places[part] = env.cache_dir() / "aot" / f"{name}-{digest.hexdigest()[:20]}.json"
+        # A file that cannot be read, or written below, is as good as none: the cache saves time and decides nothing.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found[part] = [_from_json(entry) for entry in json.loads(places[part].read_text())]
+
+    def work(part: Part) -> tuple[bool, int]:
+        return part.few, -sources(part.op)[-1].stat().st_size
+
+    def make(share: Sequence[Part]) -> None:
+        for part, kernels in zip(share, build(share), strict=True):
+            found[part] = kernels
+            with (
+                contextlib.suppress(OSError),
+                files.atomic_path(places[part], make_folders=True) as temporary,
+            ):
+                temporary.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+
+    # Dealt out like cards, the longest first: a process for each would import PyTorch and Triton every time.
+    missing = sorted((part for part in parts if part not in found), key=work)
+    processes = os.cpu_count() or 1
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(make, filter(None, (missing[i::processes] for i in range(processes)))))
+    return found
 
 
 def _from_json(entry: dict[str, Any]) -> Kernel:
@@ -307,8 +361,9 @@ def _triton_version() -> str:
     return _child("--triton-version")
 
 
-def _build_triton(op: str) -> list[Kernel]:
-    return [_from_json(entry) for entry in json.loads(_child("--compile-triton", op))]
+def _build_triton(parts: Sequence[Part]) -> list[list[Kernel]]:
+    found = json.loads(_child("--compile-triton", json.dumps(parts)))
+    return [[_from_json(entry) for entry in kernels] for kernels in found]
 
 
 def _child(*arguments: str) -> str:
@@ -324,28 +379,35 @@ def _child(*arguments: str) -> str:
     return output.strip().splitlines()[-1]
 
 
-def _compile_triton(op: str) -> list[Kernel]:
+def _compile_triton(parts: Sequence[Part]) -> list[list[Kernel]]:
     """Runs in the child process."""
+    specs = {part: _specs(part.op, few=part.few) for part in parts}
+    found: dict[Part, list[Kernel]] = {}
+    for target in sorted({part.target for part in parts}):
+        mine = [part for part in parts if part.target == target]
+        used = iter(_compile_specs([spec for part in mine for spec in specs[part]], target))
+        for part in mine:
+            found[part] = [
+                Kernel(part.op, spec.kernel.__name__, spec.label, spec.widest, {target: next(used)})
+                for spec in specs[part]
+            ]
+    return [found[part] for part in parts]
+
+
+def _specs(op: str, *, few: bool) -> list[Any]:
     from triton.runtime.jit import JITFunction
 
     module = importlib.import_module(f"lsgm_fast.kernels.{op}")
     launched = {n for n, v in vars(module).items() if isinstance(v, JITFunction) and n.endswith("_kernel")}
-    listed = {spec.kernel.__name__ for spec in getattr(module, "AOT", [])}
+    specs = list(getattr(module, "AOT", []))
+    listed = {spec.kernel.__name__ for spec in specs}
     if launched != listed:
         raise RuntimeError(
             f"kernels/{op}.py defines the kernels {sorted(launched)}, its list AOT has {sorted(listed)}"
         )
-    resources = {target: _compile_specs(module.AOT, target) for target in TARGETS}
-    return [
-        Kernel(
-            op,
-            spec.kernel.__name__,
-            spec.label,
-            spec.widest,
-            {target: resources[target][i] for target in TARGETS},
-        )
-        for i, spec in enumerate(module.AOT)
-    ]
+    if few:
+        return list({spec.kernel.__name__: spec for spec in reversed(specs)}.values())
+    return specs
 
 
 def _compile_specs(specs: Sequence[Any], target: int) -> list[Resources]:
@@ -412,22 +474,25 @@ def _cuda_version() -> str:
     return f"nvcc {_release('nvcc')}"
 
 
-def _build_cuda(op: str) -> list[Kernel]:
-    used: dict[str, dict[int, Resources]] = {}
-    for target in TARGETS:
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernels.cubin"
-            source = _ROOT / "csrc" / op / "cuda.cu"
-            flags = ["-cubin", f"-arch=sm_{target}", "-Xptxas", "-v", *NVCC_FLAGS, f"-I{_ROOT / 'csrc'}"]
-            log = parse_ptxas(_output(["nvcc", *flags, source, "-o", cubin]))
-            (accesses,) = _disassemble([cubin.read_bytes()], target)
-        for mangled, (registers, spilled, shared) in log.items():
-            used.setdefault(mangled, {})[target] = Resources(registers, spilled, shared, *accesses[mangled])
+def _build_cuda(parts: Sequence[Part]) -> list[list[Kernel]]:
+    return [_compile_cuda(part.op, part.target) for part in parts]
+
+
+def _compile_cuda(op: str, target: int) -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        source = _ROOT / "csrc" / op / "cuda.cu"
+        flags = ["-cubin", f"-arch=sm_{target}", "-Xptxas", "-v", *NVCC_FLAGS, f"-I{_ROOT / 'csrc'}"]
+        log = parse_ptxas(_output(["nvcc", *flags, source, "-o", cubin]))
+        (accesses,) = _disassemble([cubin.read_bytes()], target)
     kernels = []
-    for demangled, resources in zip(_output(["c++filt", *used]).splitlines(), used.values(), strict=True):
+    for demangled, mangled in zip(_output(["c++filt", *log]).splitlines(), log, strict=True):
         name, case = _split_name(demangled)
         vector = re.search(r"(?:^|, )(\d+)$", case)
-        kernels.append(Kernel(op, name, case, 128 if vector and int(vector[1]) > 1 else None, resources))
+        widest = 128 if vector and int(vector[1]) > 1 else None
+        registers, spilled, shared = log[mangled]
+        used = Resources(registers, spilled, shared, *accesses[mangled])
+        kernels.append(Kernel(op, name, case, widest, {target: used}))
     return sorted(kernels, key=lambda kernel: (kernel.name, kernel.case))
 
 
@@ -447,7 +512,7 @@ _INTRODUCTION = """# What the compilers make of the GPU kernels
 
 Generated by `python -m lsgm_fast.aot --write docs/kernels.md`, with no GPU; do not edit. `tests/test_aot.py` compiles
 everything again, requires that nothing spills and that accesses are as wide as promised, and compares with these
-numbers where the compilers are the same.
+numbers where the compilers are the same; of sm_80 only a sample, unless it is run with `-m slow`.
 
 Each kernel is compiled to machine code for sm_80 (A100) and sm_90 (H100); `a / b` gives both where they differ.
 
@@ -476,7 +541,7 @@ def _section(found: Report) -> str:
     lines.append(f"| {' | '.join(heads)} |")
     lines.append(f"|{'|'.join('--:' if h in ('registers', 'spilled', 'shared') else '---' for h in heads)}|")
     for kernel in sorted(found.kernels, key=lambda k: (k.op, k.name)):
-        used = [kernel.resources[target] for target in TARGETS]
+        used = list(kernel.resources.values())
         cells = [
             kernel.op,
             f"`{kernel.name}`",
@@ -486,6 +551,12 @@ def _section(found: Report) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def _of_last_target(line: str) -> str:
+    """A row of the table with what is said of the last target alone."""
+    cells = line.split(" | ")
+    return " | ".join([*cells[:3], *(cell.rsplit(" / ", 1)[-1] for cell in cells[3:])])
 
 
 def _both(values: Iterable[str]) -> str:
@@ -509,7 +580,8 @@ def _parts(document: str) -> dict[str, str]:
 def differences(document: str, reports: Iterable[Report]) -> list[str]:
     """Where ``document`` is not what the sources give, one sentence each; empty where it is up to date.
 
-    Numbers are compared where the document was made by the same compilers; else only the list of kernels is.
+    Numbers are compared where the document was made by the same compilers; else only the list of kernels is. Of a brief
+    report those of the last target are.
     """
     parts = _parts(document)
     found = []
@@ -525,6 +597,8 @@ def differences(document: str, reports: Iterable[Report]) -> list[str]:
             expected, written = (
                 [" | ".join(line.split(" | ")[:3]) for line in lines[4:]] for lines in (expected, written)
             )
+        elif any(set(kernel.resources) != set(TARGETS) for kernel in current.kernels):
+            expected, written = ([_of_last_target(line) for line in lines] for lines in (expected, written))
         found += [f"missing: {line}" for line in expected if line not in written]
         found += [f"no longer so: {line}" for line in written if line not in expected]
     return found
@@ -539,11 +613,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check", type=Path, metavar="FILE", help="exit with 1 where the table is out of date"
     )
     # What the child process is asked for.
-    action.add_argument("--compile-triton", metavar="OP", help=argparse.SUPPRESS)
+    action.add_argument("--compile-triton", metavar="PARTS", help=argparse.SUPPRESS)
     action.add_argument("--triton-version", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.compile_triton:
-        print(json.dumps([asdict(kernel) for kernel in _compile_triton(chosen.compile_triton)]))
+        found = _compile_triton([Part(*part) for part in json.loads(chosen.compile_triton)])
+        print(json.dumps([[asdict(kernel) for kernel in kernels] for kernels in found]))
         return 0
     if chosen.triton_version:
         import triton

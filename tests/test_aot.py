@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import types
 from pathlib import Path
 
 import pytest
@@ -15,22 +16,42 @@ ROOT = Path(aot.__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "kernels.md"
 
 
-@pytest.fixture(scope="module", params=aot.LANGUAGES)
-def report(request) -> aot.Report:
-    found = aot.report(request.param)
+# A fault of sm_80 alone is rare: by default a sample is compiled for it. The machine code of sm_90 is all there.
+EXTENT = [
+    *(pytest.param((language, True), id=f"{language}-brief") for language in aot.LANGUAGES),
+    *(pytest.param((language, False), id=language, marks=pytest.mark.slow) for language in aot.LANGUAGES),
+]
+
+
+@pytest.fixture(scope="module", params=EXTENT)
+def extent(request) -> tuple[str, bool]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def report(extent) -> aot.Report:
+    language, brief = extent
+    found = aot.report(language, brief=brief)
     if found.missing is not None:
         pytest.skip(found.missing)
     return found
 
 
-def test_every_kernel_compiles_without_spills_and_with_wide_accesses(report):
+def test_every_kernel_compiles_without_spills_and_with_wide_accesses(extent, report):
+    language, brief = extent
     assert report.kernels
+    last = {aot.TARGETS[-1]}
+    compiled: dict[tuple[str, str], set[int]] = {}
     for kernel in report.kernels:
-        assert set(kernel.resources) == set(aot.TARGETS)
+        targets = compiled.setdefault((kernel.op, kernel.name), set())
+        targets |= set(kernel.resources)
+        assert set(kernel.resources) == set(aot.TARGETS) or (brief and set(kernel.resources) == last)
         for used in kernel.resources.values():
             assert 0 < used.registers <= 255
             assert used.stores, f"{kernel.name} writes nothing"
     assert [problem for kernel in report.kernels for problem in kernel.problems()] == []
+    everywhere = last if brief and language == "cuda" else set(aot.TARGETS)
+    assert [name for name, targets in compiled.items() if targets != everywhere] == []
 
 
 def test_every_operation_promises_wide_accesses(report):
@@ -52,13 +73,14 @@ def test_document_is_up_to_date(report):
     assert stale == [], "python -m lsgm_fast.aot --write docs/kernels.md"
 
 
-def test_second_report_comes_from_the_cache(report, monkeypatch):
-    def compiles(op):
-        raise AssertionError(f"{op} was compiled again")
+def test_second_report_comes_from_the_cache(extent, report, monkeypatch):
+    def compiles(parts):
+        raise AssertionError(f"{parts} were compiled again")
 
     monkeypatch.setattr(aot, "_build_triton", compiles)
     monkeypatch.setattr(aot, "_build_cuda", compiles)
-    assert aot.report(report.language) == report
+    language, brief = extent
+    assert aot.report(language, brief=brief) == report
 
 
 # --- The parts that need no compiler ---------------------------------------------------------------------------------
@@ -101,6 +123,85 @@ def test_document_detects_what_changed():
     assert len(aot.differences(document, [with_kernels(KERNEL, other)])) == 1
     assert len(aot.differences(document, [with_kernels()])) == 1
     assert aot.differences("", [REPORT]) == ["there is no section 'Triton'"]
+
+
+def test_a_brief_report_is_compared_where_it_says_something():
+    def brief(**values) -> aot.Report:
+        used = dataclasses.replace(USED, **values)
+        return with_kernels(KERNEL, dataclasses.replace(KERNEL, case="bf16", resources={90: used}))
+
+    other = dataclasses.replace(changed(registers=40, loads={128: 3}), case="bf16")
+    document = aot.render([with_kernels(KERNEL, other)])
+    assert aot.differences(document, [brief(registers=40, loads={128: 3})]) == []
+    for found in (brief(registers=32, loads={128: 3}), brief(registers=40)):
+        assert [line.split(":")[0] for line in aot.differences(document, [found])] == [
+            "missing",
+            "no longer so",
+        ]
+    assert len(aot.differences(document, [dataclasses.replace(brief(), kernels=brief().kernels[1:])])) == 3
+
+
+def test_parts_become_one_report(monkeypatch):
+    built = []
+
+    def build(parts):
+        built.extend(parts)
+        found = {
+            part: [
+                dataclasses.replace(KERNEL, op=part.op, case=case, resources={part.target: USED})
+                for case in (("fp32",) if part.few else ("fp32", "bf16"))
+            ]
+            for part in parts
+        }
+        return [found[part] for part in parts]
+
+    monkeypatch.setattr(aot, "_triton_ops", lambda: ["one", "two"])
+    monkeypatch.setattr(aot, "_triton_sources", lambda op: [ROOT / "pyproject.toml"])
+    monkeypatch.setattr(aot, "_triton_missing", lambda: None)
+    monkeypatch.setattr(aot, "_triton_version", lambda: "1.0")
+    monkeypatch.setattr(aot, "_build_triton", build)
+    monkeypatch.setenv("LSGM_FAST_CACHE", "/dev/null")  # where nothing can be kept
+    for brief, of_bf16 in ((True, {90}), (False, {80, 90})):
+        built.clear()
+        kernels = aot.report("triton", brief=brief).kernels
+        assert sorted(built) == [
+            aot.Part(op, t, brief and t == 80) for op in ("one", "two") for t in (80, 90)
+        ]
+        assert [(k.op, k.case, set(k.resources)) for k in kernels] == [
+            (op, case, targets)
+            for op in ("one", "two")
+            for case, targets in (("fp32", {80, 90}), ("bf16", of_bf16))
+        ]
+    with pytest.raises(RuntimeError, match=r"two kernels of op are called kernel \(fp32\)"):
+        aot._merged([KERNEL, changed(registers=1)])
+
+
+def test_a_process_compiles_what_it_was_given(monkeypatch):
+    def compile_specs(specs, target):
+        assert specs, f"nothing to compile for sm_{target}"
+        return [dataclasses.replace(USED, registers=spec.registers + target) for spec in specs]
+
+    def specs(op, *, few):
+        kernel = types.SimpleNamespace(__name__=f"{op}_kernel")
+        found = [types.SimpleNamespace(kernel=kernel, label=str(n), widest=64, registers=n) for n in (1, 2)]
+        return found[:1] if few else found
+
+    monkeypatch.setattr(aot, "_specs", specs)
+    monkeypatch.setattr(aot, "_compile_specs", compile_specs)
+    for parts, expected in (
+        ([("a", 80)], [[81, 82]]),
+        ([("a", 90), ("b", 80, True), ("b", 90)], [[91, 92], [81], [91, 92]]),
+    ):
+        parts = [aot.Part(*part) for part in parts]
+        found = aot._compile_triton(parts)
+        assert [
+            [k.resources[p.target].registers for k in ks] for p, ks in zip(parts, found, strict=True)
+        ] == expected
+        assert all(
+            k.op == p.op and k.name == f"{p.op}_kernel"
+            for p, ks in zip(parts, found, strict=True)
+            for k in ks
+        )
 
 
 def test_other_compilers_may_give_other_numbers():
@@ -220,24 +321,27 @@ def test_unreadable_cache_is_ignored(tmp_path, monkeypatch):
     source.write_text("1")
     built = []
 
-    def build(op):
-        built.append(op)
-        return [KERNEL]
+    part = aot.Part("op", 90)
+    kernel = dataclasses.replace(KERNEL, resources={90: USED})
+
+    def build(parts):
+        built.extend(parts)
+        return [[kernel] for _ in parts]
 
     def cached():
-        return aot._cached("triton", "op", "1.0", [source], build)
+        return aot._cached("triton", [part], "1.0", lambda op: [source], build)
 
-    assert cached() == cached() == [KERNEL]
-    assert built == ["op"]
+    assert cached() == cached() == {part: [kernel]}
+    assert built == [part]
     source.write_text("2")
-    assert cached() == [KERNEL]
-    assert built == ["op"] * 2
+    assert cached() == {part: [kernel]}
+    assert built == [part] * 2
     for path in (tmp_path / "aot").iterdir():
         path.write_text("{")
-    assert cached() == [KERNEL]
-    assert built == ["op"] * 3
+    assert cached() == {part: [kernel]}
+    assert built == [part] * 3
     monkeypatch.setenv("LSGM_FAST_CACHE", str(source))
-    assert cached() == [KERNEL]
+    assert cached() == {part: [kernel]}
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):

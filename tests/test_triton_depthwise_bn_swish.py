@@ -189,7 +189,7 @@ def refuses_what_it_would_misread() -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     "64-bit indices": wide_index,
     "several tiles and bands": forced(
-        (2, 2, 7, 9), TILE=16, COLUMNS=4, BAND=3, REDUCING_BAND=3, SIDE_BY_SIDE=4
+        (2, 2, 7, 9), TILE=32, COLUMNS=4, BAND=3, REDUCING_BAND=3, SIDE_BY_SIDE=4
     ),
     "several tiles per chunk": forced((3, 1, 3, 4), TILE=4, REDUCING_BAND=2, REDUCING_PROGRAMS=3, CHUNKS=2),
     "plans": plans_cover_every_element,

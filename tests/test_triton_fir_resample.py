@@ -123,7 +123,7 @@ def refuses_what_it_would_misread() -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     "64-bit indices": wide_index,
-    "several tiles": forced(TILE=8, COLUMNS=4, PIXEL_TILE=8, CHANNELS=8),
+    "several tiles": forced(TILE=16, COLUMNS=8, PIXEL_TILE=16, CHANNELS=8),
     "longer runs": forced(RUN={True: 3, False: 3}),
     "plans": plans_cover_every_element,
     "empty": empty,
