@@ -422,6 +422,7 @@ def test_the_library_uses_the_stable_abi_alone(built):
         assert "lsgm" not in exported, "operators are registered, not exported"
 
 
+@pytest.mark.slow  # five minutes of a processor; by default the same cases run in `_C.self_check()`
 @needs_compiler
 def test_cpp_unit_tests_under_the_sanitizers(tmp_path):
     probe = tmp_path / "probe.cpp"
