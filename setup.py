@@ -417,6 +417,8 @@ setup(
         *(f"lsgm_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"lsgm_fast.kernels": "kernels"},
+    # Nothing else is taken from MANIFEST.in, which is for source distributions.
+    include_package_data=False,
     package_data={"lsgm_fast": ["py.typed", "assets/*"]},
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": BdistWheel},
     setup_requires=build_requirements() if asked else [],

@@ -24,6 +24,7 @@ import torch
 from torch.autograd import forward_ad
 
 from lsgm_fast import native
+from lsgm_fast._constant import assume_constant_result
 from lsgm_fast.dispatch import Impl, Op
 
 NAMESPACE = "lsgm_fast"
@@ -180,7 +181,7 @@ def _differentiate(name: str, backward: Backward) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse, lib=_library)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _transformed() -> bool:
     """Whether torch.func (vmap, grad, jvp, ...) or a dual level is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -213,7 +214,7 @@ def _with_availability(
     return check
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def unavailable(backend: str, device_type: str, op: str | None = None) -> str | None:
     """Why ``backend`` cannot run anything (given ``op``: this operation) on such a device here, or None."""
     composed = None if op is None else _composed.get((op, backend))

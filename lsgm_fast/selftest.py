@@ -24,6 +24,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from lsgm_fast import env
+from lsgm_fast._constant import assume_constant_result
 from lsgm_fast.files import atomic_path
 
 logger = logging.getLogger("lsgm_fast")
@@ -41,10 +42,11 @@ def _after_fork() -> None:
     _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def problem(op: str, backend: str, device_type: str, device_index: int | None) -> str | None:
     """Why ``auto`` must not use this kernel on this device; None once it has passed. Runs the test where needed."""
     key = (op, backend, device_type, device_index)

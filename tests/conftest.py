@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from recorded import GOLDEN, Golden
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Beside an installed package alone, without the source tree, there is nothing for these to test.
+collect_ignore_glob = [
+    pattern
+    for folder, patterns in {
+        "benchmarks": ("test_bench*.py", "test_ablations.py"),
+        "docs": ("test_docs_*.py",),
+    }.items()
+    if not (ROOT / folder).is_dir()
+    for pattern in patterns
+]
 
 # The files that take longest, longest first. Begun last, they would keep one process busy while the others have run out
 # of files. Those that follow, in the order of their names, take seconds.

@@ -135,7 +135,9 @@ def test_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
         names = {name.partition("/")[2] for name in tar.getnames()}
         tar.extractall(tmp_path, filter="data")
     assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md", "README.md"} <= names
-    assert sources(ROOT / "kernels", "kernels") | sources(ROOT / "tests", "tests") <= names
+    for folder in ("kernels", "tests", "examples"):
+        assert sources(ROOT / folder, folder) <= names
+    assert {"examples/README.md", "examples/tour.ipynb"} <= names
     unpacked = archive.with_name(archive.name.removesuffix(".tar.gz"))
     (tmp_path / "out").mkdir()
     run(sys.executable, "-c", build.format("wheel"), tmp_path / "out", cwd=unpacked)

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lsgm_fast._constant import assume_constant_result
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _hashed(name: str) -> int:
     return int.from_bytes(hashlib.blake2s(name.encode("utf-8")).digest()[:4], "little")
 

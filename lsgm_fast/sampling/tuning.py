@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from lsgm_fast.sampling.grids import NATURAL_POWER, natural_grid
@@ -50,6 +49,8 @@ def optimise_grid(
     Raises:
         ValueError: fewer than 2 states, or steps below 2 (one step has no time to choose).
     """
+    from scipy.optimize import minimize  # takes long to import
+
     if len(noise) < 2:
         raise ValueError(
             f"at least 2 noise samples are needed, to search on and to judge with, got {len(noise)}"
