@@ -281,6 +281,15 @@ def test_autocast_and_the_reference_have_no_plan(model):
         assert isinstance(Plan().score(model.prior), ScorePlan)
 
 
+def test_training_gives_the_memory_back(model):
+    model.compile_for_inference(precision="fp32")
+    plan = model._plan
+    assert model.eval()._plan is plan
+    model.train()
+    assert model._plan is not plan and model._plan.settings == plan.settings
+    assert Plan().score(model.to("meta").prior) is model.prior
+
+
 def test_a_network_of_the_users_own():
     class Own(nn.Module):
         def __init__(self):

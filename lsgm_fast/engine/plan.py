@@ -103,7 +103,7 @@ def _plannable(network: nn.Module) -> bool:
     if network.training or {"forward", "decode"} & vars(network).keys():
         return False
     device = next(network.parameters()).device.type
-    return not (
+    return device in ("cpu", "cuda") and not (
         dispatch.choice()[0] == "reference"
         or torch.is_autocast_enabled(device)
         or torch.compiler.is_compiling()

@@ -130,7 +130,13 @@ class LSGM(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes a plan of its own.
-        return super().__getstate__() | {"_plan": plans.Plan(self._plan.settings)}
+        return {**self.__dict__, "_plan": plans.Plan(self._plan.settings)}
+
+    def train(self, mode: bool = True) -> LSGM:
+        """Training or evaluation mode, as of every module; what sampling had prepared gives its memory back."""
+        if mode:
+            self._plan = plans.Plan(self._plan.settings)
+        return super().train(mode)
 
     @classmethod
     def from_config(cls, config: LSGMConfig) -> LSGM:
