@@ -251,7 +251,7 @@ def step(number: int, t: float | torch.Tensor) -> None:
     Span("step", RANGES["step"], (number, *_host_number(t))).__enter__()
 
 
-def evaluation(*args: Any) -> Payload:
+def evaluation(*args: Any, **_options: Any) -> Payload:
     """Payload of an evaluation ``f(..., t)``: its number within the solve, and t where it lies on the CPU."""
     _local.evaluations += 1
     return (_local.evaluations, *_host_number(args[-1]))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import benchmark
 
 from lsgm_fast import dispatch, testing
 from lsgm_fast.profiling.inputs import Call, load
@@ -113,6 +112,8 @@ def _outcome(
         testing.check_forward(op, backend, sample)
     except AssertionError as failure:
         wrong = str(failure)
+    from torch.utils import benchmark  # starts processes on import
+
     timer = benchmark.Timer(
         "f(*args, **kwargs)",
         globals={"f": op.impl(backend).fn, "args": sample.args, "kwargs": sample.kwargs},

@@ -86,6 +86,6 @@ SAMPLES = {
         awkward=AWKWARD,
         dtypes=SAME_DTYPES,
         extra=extra,
-        selftest=(2, 40, 9, 7),
+        selftest=(2, 17, 9, 7),
     )
 }
